@@ -1,0 +1,38 @@
+# Each target sets up what it needs. Only a package registry is used.
+#
+#   make demo                     the main job on the embedded corpus   (SEEDS=3, CORPUS=path.jsonl, OUT=folder)
+#   make test                     the tests
+#   make check                    ruff, formatting, mypy
+#   make bench                    speed against stock LitGPT, side by side
+
+PYTHON ?= python3
+VENV ?= .venv
+SEEDS ?= 1
+CORPUS ?=
+OUT ?= runs/demo$(if $(CORPUS),-$(basename $(notdir $(CORPUS))))
+
+.PHONY: setup demo test check bench clean
+
+setup: $(VENV)/ready
+
+$(VENV)/ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --disable-pip-version-check -e ".[test]"
+	touch $@
+
+demo: setup
+	$(VENV)/bin/litgpt-memsinks demo --seeds $(SEEDS) --out_dir $(OUT) $(if $(CORPUS),--corpus $(CORPUS))
+
+test: setup
+	$(VENV)/bin/python -m pytest
+
+check: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+bench: setup
+	$(VENV)/bin/litgpt-memsinks bench
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

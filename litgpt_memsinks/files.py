@@ -1,0 +1,75 @@
+"""Write beside, then rename: nothing half-written is ever left looking whole."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from litgpt_memsinks.errors import MemSinksError
+
+
+def refuse_to_overwrite(path: Path) -> None:
+    """Raise if there is something at ``path`` that writing there would destroy.
+
+    Raises:
+        MemSinksError: If ``path`` is a file or a folder with something in it.
+    """
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise MemSinksError(f"{str(path)!r} exists and is not overwritten. Remove it or name another output.")
+
+
+def incomplete_path(path: Path) -> Path:
+    """The hidden sibling in which the content of ``path`` is made before it is renamed to ``path``."""
+    return path.parent / f".{path.name}.incomplete"
+
+
+@contextmanager
+def atomic_directory(out_dir: Path) -> Iterator[Path]:
+    """Yield a scratch folder that becomes ``out_dir`` in one rename if the block succeeds.
+
+    A killed process leaves only the hidden ``.NAME.incomplete`` beside ``out_dir``, which the next run clears away.
+
+    Raises:
+        MemSinksError: If ``out_dir`` already holds something.
+    """
+    out_dir = Path(os.path.abspath(out_dir))
+    refuse_to_overwrite(out_dir)
+    scratch = incomplete_path(out_dir)
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    try:
+        yield scratch
+        _fsync_tree(scratch)
+        if out_dir.is_dir():  # empty, see above: rename refuses a folder that exists on some file systems
+            out_dir.rmdir()
+        scratch.rename(out_dir)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` (UTF-8) to ``path`` so that a reader sees the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = incomplete_path(path)
+    with open(scratch, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    scratch.replace(path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write ``content`` as indented JSON, atomically."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def _fsync_tree(folder: Path) -> None:
+    """Flush every file below ``folder`` to disk, so that the rename cannot become durable before the content."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
