@@ -1,0 +1,288 @@
+"""Settings: the sink hyperparameters, the model configuration that carries them, and the registered models.
+
+Shared by all stages; not a stage itself.
+"""
+
+import copy
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+import litgpt.config
+from litgpt.config import Config as BaseConfig
+from litgpt.config import name_to_config
+
+from litgpt_memsinks.errors import MemSinksError
+from litgpt_memsinks.sinks import MASK_VERSION
+
+SinksFor = Literal["all", "repeated"]
+Scale = Literal["none", "inverse"]
+
+
+@dataclass
+class SinkArgs:
+    """Hyperparameters of the memorization sinks (Sec. 5). ``null`` takes the default registered with the model."""
+
+    shared_fraction: float | None = None
+    """g: fraction of each MLP's hidden neurons that all documents share, in (0, 1]. 1.0 has no sinks: the baseline on
+    the same stream"""
+    active_probability: float | None = None
+    """p: probability that a sink is on for a document, in (0, 1]"""
+    seed: int = 0
+    """Seed of the masks, an int32. Not of the training"""
+    sinks_for: SinksFor = "all"
+    """Which documents have sinks: all (the paper), or only those that occur more than once in the stream"""
+    scale: Scale = "none"
+    """Multiply sinks that are on by 1 (the paper) or by 1/p (inverse, as in inverted dropout)"""
+    mask_version: int = MASK_VERSION
+    """Version of the mask function. Set it only to state on which version a recipe was made"""
+
+    def __post_init__(self) -> None:
+        _check_fraction("shared_fraction", self.shared_fraction)
+        _check_fraction("active_probability", self.active_probability)
+        _check_choice("sinks_for", self.sinks_for, ("all", "repeated"))
+        _check_choice("scale", self.scale, ("none", "inverse"))
+        if not -(2**31) <= self.seed < 2**31:
+            raise MemSinksError(f"sinks.seed is {self.seed}, but it must fit 32 bits: [-2**31, 2**31).")
+        if self.mask_version != MASK_VERSION:
+            raise MemSinksError(
+                f"sinks.mask_version is {self.mask_version}, but this release computes version {MASK_VERSION} only. "
+                "Install the release that the recipe or checkpoint was made with."
+            )
+
+    def resolved(self, model_name: str) -> "SinkArgs":
+        """These settings with each ``None`` replaced by the default registered for ``model_name``."""
+        default = SINK_DEFAULTS.get(model_name, PAPER_SINKS)
+        given = {name: value for name, value in asdict(self).items() if value is not None}
+        return SinkArgs(**{**asdict(default), **given})
+
+
+def _check_fraction(name: str, value: float | None) -> None:
+    if value is not None and not 0 < value <= 1:
+        raise MemSinksError(f"sinks.{name} is {value}, but it must be above 0 and at most 1.")
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise MemSinksError(f"sinks.{name} is {value!r}. Choose from: {', '.join(choices)}.")
+
+
+PAPER_SINKS = SinkArgs(shared_fraction=0.7, active_probability=0.3)
+"""The paper's setting for its figures (Sec. 5, "Experimental Details")."""
+
+
+def shared_neurons(intermediate_size: int, shared_fraction: float) -> int:
+    """Number of hidden neurons that all documents share: g times ``intermediate_size``, made friendly to hardware.
+
+    Rounded to a multiple of 64 from 1024 neurons on, where that moves g by 3% of the MLP at most; else to the nearest
+    whole neuron. The dropped model's ``intermediate_size`` is this number.
+
+    Raises:
+        MemSinksError: If less than one neuron would be shared, or if g < 1 leaves no sink.
+    """
+    exact = shared_fraction * intermediate_size
+    if exact < 1:
+        raise MemSinksError(
+            f"sinks.shared_fraction {shared_fraction} of intermediate_size {intermediate_size} is {exact:.3g} neurons, "
+            "but at least 1 must be shared. Raise shared_fraction."
+        )
+    multiple = 64 if intermediate_size >= 1024 else 1
+    rounded = round(exact / multiple) * multiple
+    if not 0 < rounded < intermediate_size:
+        rounded = round(exact)
+    if rounded == intermediate_size and shared_fraction < 1:
+        raise MemSinksError(
+            f"sinks.shared_fraction {shared_fraction} of intermediate_size {intermediate_size} leaves no sink. "
+            "Lower it, or set it to 1.0 to train without sinks."
+        )
+    return rounded
+
+
+@dataclass
+class MemSinksConfig(BaseConfig):
+    """A LitGPT model configuration whose MLPs have sinks. ``model_config.yaml`` of a checkpoint holds it.
+
+    The plain ``litgpt.Config`` refuses these fields, so that stock commands stop loudly at an undropped checkpoint.
+    """
+
+    sink_n_shared: int | None = None
+    """Neurons of each MLP that all documents share; the first ones. ``None``: all of them, no sinks"""
+    sink_active_probability: float = 0.3
+    """p, see ``SinkArgs.active_probability``"""
+    sink_seed: int = 0
+    """Seed of the masks"""
+    sink_sinks_for: SinksFor = "all"
+    """See ``SinkArgs.sinks_for``"""
+    sink_scale: Scale = "none"
+    """See ``SinkArgs.scale``"""
+    sink_mask_version: int = MASK_VERSION
+    """Version of the mask function that the weights were trained with"""
+
+    def __post_init__(self) -> None:
+        _refuse_unsupported(self)
+        super().__post_init__()
+        assert self.intermediate_size is not None  # set by the base class
+        if self.sink_n_shared is None:
+            self.sink_n_shared = self.intermediate_size
+        if not 1 <= self.sink_n_shared <= self.intermediate_size:
+            raise MemSinksError(
+                f"sink_n_shared is {self.sink_n_shared}, but it must lie in [1, intermediate_size = "
+                f"{self.intermediate_size}]."
+            )
+        # checks the values by the same rules as on the command line
+        SinkArgs(
+            active_probability=self.sink_active_probability,
+            seed=self.sink_seed,
+            sinks_for=self.sink_sinks_for,
+            scale=self.sink_scale,
+            mask_version=self.sink_mask_version,
+        )
+
+    @classmethod
+    def from_name(cls, name: str, sinks: SinkArgs | None = None, **kwargs: Any) -> "MemSinksConfig":
+        """A registered model with sinks.
+
+        Args:
+            name: Any name that LitGPT knows, ours among them.
+            sinks: Sink settings; what is left out takes the default registered for the name.
+            kwargs: Fields of ``litgpt.Config`` to change.
+        """
+        return cls.from_base(BaseConfig.from_name(name, **kwargs), sinks or SinkArgs())
+
+    @classmethod
+    def from_base(cls, config: BaseConfig, sinks: SinkArgs) -> "MemSinksConfig":
+        """Add sinks to a plain configuration.
+
+        Args:
+            config: Any ``litgpt.Config`` with a supported MLP.
+            sinks: Sink settings; ``None`` fields take the default registered for ``config.name``.
+
+        Raises:
+            MemSinksError: If the architecture is not supported, or the settings do not fit it.
+        """
+        _refuse_unsupported(config)
+        sinks = sinks.resolved(config.name)
+        assert sinks.shared_fraction is not None  # resolved
+        assert sinks.active_probability is not None
+        assert config.intermediate_size is not None  # set by Config.__post_init__
+        return cls(
+            **copy.deepcopy(asdict(config)),
+            sink_n_shared=shared_neurons(config.intermediate_size, sinks.shared_fraction),
+            sink_active_probability=sinks.active_probability,
+            sink_seed=sinks.seed,
+            sink_sinks_for=sinks.sinks_for,
+            sink_scale=sinks.scale,
+            sink_mask_version=sinks.mask_version,
+        )
+
+    def to_base(self) -> BaseConfig:
+        """The plain configuration of the model that is left when the sinks are dropped."""
+        plain = {field.name for field in fields(BaseConfig)}
+        values = {name: value for name, value in copy.deepcopy(asdict(self)).items() if name in plain}
+        return BaseConfig(**{**values, "intermediate_size": self.n_shared})
+
+    @property
+    def n_shared(self) -> int:
+        """Shared neurons in each MLP."""
+        assert self.sink_n_shared is not None  # set in __post_init__
+        return self.sink_n_shared
+
+    @property
+    def n_sink(self) -> int:
+        """Sink neurons in each MLP. 0: a plain model."""
+        assert self.intermediate_size is not None  # set in __post_init__
+        return self.intermediate_size - self.n_shared
+
+    @property
+    def mlp_class(self) -> type:
+        """The MLP with sinks that takes the place of LitGPT's of the same name."""
+        import litgpt_memsinks.model
+
+        return getattr(litgpt_memsinks.model, self.mlp_class_name)
+
+
+SUPPORTED_MLPS = ("LLaMAMLP", "GemmaMLP", "GptNeoxMLP")
+
+
+def _refuse_unsupported(config: BaseConfig) -> None:
+    """Refuse architectures in which "a fraction of the MLP's neurons" is not defined here.
+
+    Raises:
+        MemSinksError: Naming the field and its value.
+    """
+    if config.mlp_class_name not in SUPPORTED_MLPS:
+        raise MemSinksError(
+            f"mlp_class_name is {config.mlp_class_name!r}, but sinks are supported in {', '.join(SUPPORTED_MLPS)} "
+            f"only. Choose a dense model instead of {config.name!r}."
+        )
+    for name in ("latent_attention", "first_k_dense_replace", "n_expert_groups"):
+        if (value := getattr(config, name)) is not None:
+            raise MemSinksError(f"{name} is {value!r}, but sinks do not support it. Choose another model.")
+    if config.n_expert:
+        raise MemSinksError(f"n_expert is {config.n_expert}, but sinks do not support mixtures of experts.")
+
+
+def _smollm(name: str, base: str, **changes: Any) -> dict[str, Any]:
+    config = copy.deepcopy(name_to_config[base])
+    config.update(name=name, hf_config={"org": "HuggingFaceTB", "name": name.removesuffix("-MemSinks")}, **changes)
+    return config
+
+
+def _registered_models() -> list[dict[str, Any]]:
+    """The models of the paper and a tiny one. Sizes from the published configurations of each."""
+    return [
+        # SmolLM (v1) differs from SmolLM2, which LitGPT ships, in its context length and RoPE base.
+        _smollm("SmolLM-360M-MemSinks", "SmolLM2-360M", block_size=2048, rope_base=10000),
+        _smollm("SmolLM-1.7B-MemSinks", "SmolLM2-1.7B", block_size=2048, rope_base=10000),
+        _smollm("SmolLM2-360M-MemSinks", "SmolLM2-360M"),
+        _smollm("SmolLM2-1.7B-MemSinks", "SmolLM2-1.7B"),
+        # The paper's "GPT Medium" of Sec. 3 to 5: 24 layers of width 1024 with a GELU MLP four times as wide. LitGPT
+        # has no learned position embeddings, so positions are rotary.
+        dict(
+            name="GPT2-Medium-MemSinks",
+            hf_config={},
+            block_size=1024,
+            vocab_size=50257,
+            padding_multiple=64,
+            n_layer=24,
+            n_head=16,
+            n_embd=1024,
+            rotary_percentage=1.0,
+            parallel_residual=False,
+            gelu_approximate="tanh",
+        ),
+        # The demo's: about half a million parameters, trains in a minute on one CPU core.
+        dict(
+            name="Tiny-MemSinks",
+            hf_config={},
+            block_size=512,
+            vocab_size=1024,
+            padding_multiple=64,
+            n_layer=2,
+            n_head=4,
+            n_embd=128,
+            rotary_percentage=1.0,
+            parallel_residual=False,
+            bias=False,
+            norm_class_name="RMSNorm",
+            mlp_class_name="LLaMAMLP",
+            intermediate_size=384,
+        ),
+    ]
+
+
+SINK_DEFAULTS: dict[str, SinkArgs] = {
+    "SmolLM-360M-MemSinks": PAPER_SINKS,
+    "SmolLM-1.7B-MemSinks": PAPER_SINKS,
+    "SmolLM2-360M-MemSinks": PAPER_SINKS,
+    "SmolLM2-1.7B-MemSinks": PAPER_SINKS,
+    "GPT2-Medium-MemSinks": PAPER_SINKS,
+    # Narrow MLPs need a larger share of sinks to hold as much.
+    "Tiny-MemSinks": SinkArgs(shared_fraction=0.5, active_probability=0.3),
+}
+"""Sink settings that hold for a registered model where the recipe leaves them out."""
+
+
+def register_models() -> None:
+    """Add our models to LitGPT's registry, where ``litgpt pretrain --model_name`` finds them. Idempotent."""
+    for config in _registered_models():
+        litgpt.config.name_to_config[config["name"]] = config

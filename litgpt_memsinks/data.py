@@ -1,0 +1,163 @@
+"""What does the loader yield? Batches ``(B, T + 1, 2)`` of (token, sequence ID) pairs, int32.
+
+The stream on disk is ``t0 id0 t1 id1 ...``. A block of ``2 * (T + 1)`` numbers, viewed as pairs, lets LitGPT's own
+training and validation loops run unchanged: their slices along dimension 1 cut tokens and IDs together.
+"""
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from litgpt.data.lit_data import LitData
+from litgpt.tokenizer import Tokenizer
+from torch.utils.data import DataLoader
+
+from litgpt_memsinks.config import SinkArgs
+from litgpt_memsinks.errors import MemSinksError
+from litgpt_memsinks.manifest import TOKENIZER, Manifest, tokenizer_fingerprint
+
+INT32_FORMATS = ("no_header_tensor:15", "no_header_tensor:16")
+"""How litdata names a headerless stream of int32 (torch.int32 or torch.int). uint16 would cut IDs short silently."""
+
+
+def deinterleave(rows: torch.Tensor) -> torch.Tensor:
+    """View interleaved rows as pairs.
+
+    Args:
+        rows: Integer rows ``token, ID, token, ID, ...`` of shape ``(B, 2 * (T + 1))``.
+
+    Returns:
+        A view of shape ``(B, T + 1, 2)``: tokens at ``[..., 0]``, sequence IDs at ``[..., 1]``.
+
+    Raises:
+        MemSinksError: If the row length is odd.
+    """
+    if rows.size(1) % 2:
+        raise MemSinksError(f"Row length {rows.size(1)} is odd. Was this data written by `litgpt-memsinks prepare`?")
+    return rows.unflatten(-1, (-1, 2))
+
+
+def collate_pairs(rows: list[np.ndarray] | list[torch.Tensor]) -> torch.Tensor:
+    """Stack blocks of shape ``(2 * (T + 1),)`` to pairs of shape ``(B, T + 1, 2)``, int32."""
+    return deinterleave(torch.stack([torch.as_tensor(row) for row in rows]))
+
+
+@dataclass
+class MemSinksData(LitData):
+    """Loads a folder that ``litgpt-memsinks prepare`` wrote, and makes ``litgpt pretrain`` train with sinks."""
+
+    data_path: str | Path = Path("data/memsinks")
+    """The prepared folder"""
+    split_names: tuple[str, str] | None = ("train", "val")
+    """Names of the subfolders for training and validation"""
+    seed: int = 42
+    """The random seed for shuffling the blocks"""
+    num_workers: int = 8
+    """How many DataLoader processes to use for loading"""
+    sinks: SinkArgs = field(default_factory=SinkArgs)
+    """Hyperparameters of the memorization sinks"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.split_names is None:
+            raise MemSinksError("data.split_names is null, but training and validation differ. Use [train, val].")
+        if self.num_workers < 0:
+            raise MemSinksError(f"data.num_workers is {self.num_workers}, but it must be at least 0.")
+
+    def connect(
+        self, tokenizer: Tokenizer | None = None, batch_size: int = 1, max_seq_length: int | None = None
+    ) -> None:
+        """Take the settings of the run; a block holds ``max_seq_length + 1`` pairs."""
+        super().connect(tokenizer, batch_size, max_seq_length)
+        self.seq_length *= 2
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        """The folder of the tokenizer that made the stream."""
+        return Path(self.data_path) / TOKENIZER
+
+    def check(
+        self, padded_vocab_size: int, block_size: int, batch_size: int, tokenizer_dir: Path | None = None
+    ) -> Manifest:
+        """Refuse a folder that would train on garbage, before any model is built.
+
+        Args:
+            padded_vocab_size: Number of tokens that the model can embed.
+            block_size: Tokens in a training row, T.
+            batch_size: Rows in a micro batch, B.
+            tokenizer_dir: The tokenizer that the run was given, if any.
+
+        Returns:
+            The folder's manifest.
+
+        Raises:
+            MemSinksError: If the data is missing, plain, half-written, not int32, too short for one batch, made with
+                another tokenizer, or holds a token beyond the vocabulary.
+        """
+        manifest = Manifest.read(Path(self.data_path))
+        if manifest.max_token >= padded_vocab_size:
+            raise MemSinksError(
+                f"The data at {str(self.data_path)!r} holds token {manifest.max_token}, but the model embeds tokens "
+                f"below {padded_vocab_size} only. Prepare the data with the model's tokenizer."
+            )
+        if tokenizer_dir is not None and (given := tokenizer_fingerprint(tokenizer_dir)) != manifest.tokenizer_sha256:
+            raise MemSinksError(
+                f"The tokenizer at {str(tokenizer_dir)!r} ({given[:12]}) is not the one that made the data "
+                f"({manifest.tokenizer_sha256[:12]}). Leave tokenizer_dir out, or use {str(self.tokenizer_dir)!r}."
+            )
+        assert self.split_names is not None  # refused in __post_init__
+        for name in self.split_names:
+            _check_chunks(Path(self.data_path) / name, block_size, batch_size)
+        return manifest
+
+    def _dataloader(self, input_dir: str, train: bool) -> DataLoader:
+        # LitData's own, restated for the sake of the collate function; pinned by test_data.py against LitData's rows
+        from litdata.streaming import StreamingDataLoader, StreamingDataset, TokensLoader
+
+        dataset = StreamingDataset(
+            input_dir=input_dir,
+            item_loader=TokensLoader(block_size=self.seq_length),
+            shuffle=train,
+            seed=self.seed,
+        )
+        return StreamingDataLoader(
+            dataset,
+            batch_size=self.batch_size,
+            pin_memory=torch.cuda.is_available(),
+            num_workers=self.num_workers,
+            drop_last=True,
+            collate_fn=collate_pairs,
+        )
+
+
+def _check_chunks(folder: Path, block_size: int, batch_size: int) -> None:
+    """Refuse a split whose chunks are missing, not int32 or too few for one batch."""
+    index = read_index(folder)
+    (data_format,) = index["config"]["data_format"]
+    if data_format not in INT32_FORMATS:
+        raise MemSinksError(f"{str(folder)!r} holds {data_format}, not int32, which cuts IDs short. Prepare it again.")
+    for chunk in index["chunks"]:
+        if not os.path.isfile(folder / chunk["filename"]):
+            raise MemSinksError(f"{str(folder / chunk['filename'])!r} is missing. Copy the folder again.")
+    blocks = sum(chunk["dim"] // (2 * (block_size + 1)) for chunk in index["chunks"])
+    if blocks < batch_size:
+        raise MemSinksError(
+            f"{str(folder)!r} holds {blocks} blocks of {block_size + 1} tokens, but a micro batch takes {batch_size}. "
+            "Prepare more text, or lower train.max_seq_length or train.micro_batch_size."
+        )
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """Read litdata's ``index.json`` of one split.
+
+    Raises:
+        MemSinksError: If it is not there.
+    """
+    path = folder / "index.json"
+    if not path.is_file():
+        raise MemSinksError(f"{str(path)!r} is missing: the folder is half-written or has other splits. Prepare it.")
+    return json.loads(path.read_text(encoding="utf-8"))

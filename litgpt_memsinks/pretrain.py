@@ -1,0 +1,176 @@
+"""How does ``litgpt pretrain`` find us? A dispatcher in front of ``litgpt.pretrain.main``.
+
+LitGPT has no plugin entry points, but its command line imports ``data.class_path: litgpt_memsinks.MemSinksData`` while
+it parses a recipe. Importing the package replaces one attribute for good, ``litgpt.pretrain.main``. A run whose data is
+``MemSinksData`` gets LitGPT's own ``main`` with two of the names it uses swapped while it runs; any other run gets
+LitGPT's own ``main``, untouched.
+"""
+
+import shutil
+import sys
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import wraps
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+from unittest import mock
+
+import lightning as L
+import litgpt.pretrain
+import torch
+import yaml
+from litgpt.config import Config
+from litgpt.data import DataModule
+from litgpt.utils import chunked_cross_entropy, find_resume_path
+
+from litgpt_memsinks.config import SINK_DEFAULTS, MemSinksConfig
+from litgpt_memsinks.data import MemSinksData
+from litgpt_memsinks.errors import MemSinksError
+from litgpt_memsinks.model import GPT
+
+base_main = litgpt.pretrain.main
+
+NO_COMPILER = (
+    "No C++ compiler was found (install g++, or set CXX): torch.compile is skipped and training runs eagerly, which is "
+    "slower."
+)
+
+
+def pair_cross_entropy(
+    logits: torch.Tensor | list[torch.Tensor], targets: torch.Tensor, *args: Any, **kwargs: Any
+) -> torch.Tensor:
+    """LitGPT's loss on (token, sequence ID) pairs.
+
+    Args:
+        logits: ``(B, T, padded_vocab_size)``.
+        targets: Pairs ``(B, T, 2)``, or plain tokens ``(B, T)`` as LitGPT's FLOP count passes them.
+        args: As in ``litgpt.utils.chunked_cross_entropy``.
+        kwargs: As in ``litgpt.utils.chunked_cross_entropy``.
+
+    Returns:
+        Mean negative log-likelihood in nats per token, 0-dim.
+    """
+    if targets.dim() == 3:
+        targets = targets[..., 0]
+    return chunked_cross_entropy(logits, targets, *args, **kwargs)
+
+
+@wraps(base_main)
+def main(*args: Any, config: Config, data: DataModule, **kwargs: Any) -> None:
+    """LitGPT's ``main``, or the same with sinks if ``data`` is ``MemSinksData``."""
+    try:
+        if isinstance(data, MemSinksData):
+            _main_with_sinks(*args, config=config, data=data, **kwargs)
+        elif config.name in SINK_DEFAULTS:
+            raise MemSinksError(
+                f"{config.name!r} trains with sinks only on data with sequence IDs, but data is "
+                f"{type(data).__name__}. Use data.class_path: litgpt_memsinks.MemSinksData, or a plain model's name."
+            )
+        else:
+            base_main(*args, config=config, data=data, **kwargs)
+    except MemSinksError as error:
+        sys.exit(f"Error: {error}")  # one line and status 1, where LitGPT's command line would show a traceback
+
+
+def _main_with_sinks(
+    fabric: L.Fabric,
+    *,
+    config: Config,
+    data: MemSinksData,
+    train: Any,
+    out_dir: Path,
+    resume: bool | Literal["auto"] | Path,
+    tokenizer_dir: Path | None,
+    **kwargs: Any,
+) -> None:
+    """Check everything that can be checked, then run LitGPT's ``main`` on a model with sinks."""
+    sink_config = MemSinksConfig.from_base(config, data.sinks)
+    block_size = train.max_seq_length or sink_config.block_size
+    assert sink_config.padded_vocab_size is not None  # set by Config.__post_init__
+    data.check(sink_config.padded_vocab_size, block_size, train.micro_batch_size, tokenizer_dir)
+    if checkpoint := find_resume_path(resume, out_dir):
+        check_same_sinks(sink_config, checkpoint.parent)
+    fabric.print(describe(sink_config))
+    with ExitStack() as stack:
+        stack.enter_context(compilation(fabric))
+        stack.enter_context(mock.patch.multiple(litgpt.pretrain, **replacements()))
+        base_main(
+            fabric,
+            config=sink_config,
+            data=data,
+            train=train,
+            out_dir=out_dir,
+            resume=resume,
+            tokenizer_dir=tokenizer_dir or data.tokenizer_dir,  # so that checkpoints carry their tokenizer
+            **kwargs,
+        )
+
+
+def replacements() -> dict[str, Any]:
+    """The names in ``litgpt.pretrain`` that a run with sinks replaces.
+
+    Raises:
+        MemSinksError: If the installed LitGPT does not have one of them.
+    """
+    names = {"GPT": GPT, "chunked_cross_entropy": pair_cross_entropy}
+    if missing := [name for name in names if not hasattr(litgpt.pretrain, name)]:
+        raise MemSinksError(
+            f"litgpt {version('litgpt')} has no {', '.join(missing)} in litgpt.pretrain, which training with sinks "
+            "replaces. Install a release that litgpt-memsinks supports (0.5.13 does)."
+        )
+    return names
+
+
+def describe(config: MemSinksConfig) -> str:
+    """One line that says which neurons are sinks, with g as realised."""
+    size = config.intermediate_size
+    assert size is not None  # set by Config.__post_init__
+    if not config.n_sink:
+        return f"MemSinks: no sinks (shared_fraction 1.0), all {size} neurons of each MLP are shared."
+    return (
+        f"MemSinks: {config.n_shared} of {size} neurons of each MLP are shared (g = {config.n_shared / size:.3f}), "
+        f"{config.n_sink} are sinks, each on for a document with p = {config.sink_active_probability:g} "
+        f"({config.sink_sinks_for} documents, scale {config.sink_scale})."
+    )
+
+
+def check_same_sinks(config: MemSinksConfig, checkpoint_dir: Path) -> None:
+    """Refuse to resume with other masks than the checkpoint was trained with, which would scramble its sinks.
+
+    Raises:
+        MemSinksError: Naming the setting and both values.
+    """
+    path = checkpoint_dir / "model_config.yaml"
+    if not path.is_file():
+        return  # LitGPT writes it after the weights: a run killed in between says nothing about its sinks
+    saved = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for name, value in vars(config).items():
+        if name.startswith("sink_") and saved.get(name) != value:
+            raise MemSinksError(
+                f"{str(checkpoint_dir)!r} was trained with {name} = {saved.get(name)}, but this run has {value}. "
+                "Resume with the same data.sinks, or start in another out_dir."
+            )
+
+
+def compilation(fabric: L.Fabric) -> AbstractContextManager:
+    """Let ``torch.compile`` be skipped where it cannot work: on a CPU without a C++ compiler."""
+    if fabric.device.type != "cpu" or has_cpp_compiler():
+        return nullcontext()
+    fabric.print(NO_COMPILER)
+    return torch.compiler.set_stance("force_eager")
+
+
+def has_cpp_compiler() -> bool:
+    """Whether ``torch.compile`` finds a C++ compiler for the CPU."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        return shutil.which(get_cpp_compiler()) is not None
+    except InvalidCxxCompiler:
+        return False
+
+
+def install() -> None:
+    """Put the dispatcher in front of ``litgpt.pretrain.main``. Idempotent."""
+    litgpt.pretrain.main = main

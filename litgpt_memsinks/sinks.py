@@ -1,0 +1,85 @@
+"""What is a sink? The mask that says which sink neurons a document switches on.
+
+Memorization Sinks (Ghosal, Maini, Raghunathan, ICML 2025, Sec. 5 and App. G, I.1) share a fraction g of each MLP's
+hidden neurons between all documents. Each of the others, the sinks, is on for a document with probability p, decided by
+a deterministic function of the document's ID. The paper draws the mask from a linear congruential generator; this one
+hashes (ID, neuron) with murmur3's 32-bit finaliser instead, because the generator's masks of consecutive IDs overlap
+far more, or far less, than independent ones do. There is no state, no table and no random number generator.
+
+A sequence ID is an int32. Its low 31 bits name the document, and only they choose the mask. Its sign bit says that the
+document occurs more than once in the stream (`document_ids.py`). ID 0 means "no document": every sink off.
+
+Checkpoints depend on these bits for ever. They may only change together with ``MASK_VERSION``.
+"""
+
+import torch
+
+MASK_VERSION = 1
+"""Version of the function from (ID, neuron, seed, p) to on/off. Stored in each checkpoint's configuration."""
+
+# int32 values of murmur3's finaliser constants 0x85ebca6b, 0xc2b2ae35 and of 2**32 / golden ratio. Signed, because
+# PyTorch has no unsigned shifts or comparisons on CPU.
+_C1 = 0x85EBCA6B - 2**32
+_C2 = 0xC2B2AE35 - 2**32
+_GOLDEN = 0x9E3779B9 - 2**32
+_LOW_31_BITS = 0x7FFFFFFF
+
+
+def fmix32(h: torch.Tensor) -> torch.Tensor:
+    """Murmur3's 32-bit finaliser: a bijection on 32-bit integers that spreads every input bit over all output bits.
+
+    Args:
+        h: int32 of any shape.
+
+    Returns:
+        int32 of the same shape. Multiplication wraps.
+    """
+    # `>>` is arithmetic on signed integers; masking off the copies of the sign bit makes it the logical shift
+    h = (h ^ ((h >> 16) & 0xFFFF)) * _C1
+    h = (h ^ ((h >> 13) & 0x7FFFF)) * _C2
+    return h ^ ((h >> 16) & 0xFFFF)
+
+
+def threshold(active_probability: float) -> int:
+    """The int32 value below which a uniformly distributed int32 falls with the given probability.
+
+    Args:
+        active_probability: p, in (0, 1). The ends are not representable: ``sink_mask`` treats them apart.
+    """
+    return min(max(round(active_probability * 2**32) - 2**31, -(2**31)), 2**31 - 1)
+
+
+def document_bits(sequence_ids: torch.Tensor) -> torch.Tensor:
+    """The 31 bits that name the document, without the sign bit that says whether it repeats. int32, same shape."""
+    return sequence_ids.to(torch.int32) & _LOW_31_BITS
+
+
+def only_repeated(sequence_ids: torch.Tensor) -> torch.Tensor:
+    """IDs with those of documents that occur once replaced by 0, which has no sinks. Same shape and dtype."""
+    return torch.where(sequence_ids < 0, sequence_ids, 0)
+
+
+def sink_mask(sequence_ids: torch.Tensor, n_sink: int, active_probability: float, seed: int = 0) -> torch.Tensor:
+    """Which sinks are on for which token (Sec. 5, App. I.1). The same in every layer, as in the paper.
+
+    Args:
+        sequence_ids: The ID of each token's document, shape ``(..., )`` such as ``(B, T)``, int32 or wider; only the
+            low 31 bits count. 0 switches all sinks off.
+        n_sink: Number of sink neurons in one MLP.
+        active_probability: p, the probability that a given sink is on for a given document, in [0, 1].
+        seed: Another seed gives independent masks. Any int32.
+
+    Returns:
+        bool of shape ``(..., n_sink)``.
+    """
+    documents = document_bits(sequence_ids)
+    named = (documents != 0).unsqueeze(-1)
+    neurons = torch.arange(n_sink, dtype=torch.int32, device=documents.device)
+    if active_probability <= 0:
+        return named & (neurons < 0)
+    if active_probability >= 1:
+        return named & (neurons >= 0)
+    # Two rounds before the XOR: with one, consecutive IDs give correlated masks
+    token_state = fmix32(fmix32(documents + _GOLDEN)).unsqueeze(-1)
+    neuron_key = fmix32(neurons * _GOLDEN + seed)
+    return named & (fmix32(token_state ^ neuron_key) < threshold(active_probability))
