@@ -1,0 +1,74 @@
+"""The console script ``litgpt-memsinks``: one function per command, help from signatures and docstrings."""
+
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+from jsonargparse import ArgumentParser
+
+from litgpt_memsinks import __version__
+from litgpt_memsinks.bench import bench
+from litgpt_memsinks.corpus import train_tokenizer_on, write_corpus
+from litgpt_memsinks.demo import demo
+from litgpt_memsinks.drop_sinks import drop_sinks
+from litgpt_memsinks.errors import MemSinksError
+from litgpt_memsinks.evaluate import evaluate
+from litgpt_memsinks.prepare import prepare
+from litgpt_memsinks.report import report
+
+
+class Command(NamedTuple):
+    """A function of the command line."""
+
+    function: Callable[..., object]
+    positional: bool = False
+    """Whether arguments without a default are given by position"""
+
+
+COMMANDS = {
+    "demo": Command(demo),
+    "corpus": Command(write_corpus),
+    "tokenizer": Command(train_tokenizer_on),
+    "prepare": Command(prepare),
+    "drop_sinks": Command(drop_sinks, positional=True),
+    "evaluate": Command(evaluate),
+    "report": Command(report),
+    "bench": Command(bench),
+}
+
+
+def build_parser() -> ArgumentParser:
+    """The parser with one subcommand per function."""
+    parser = ArgumentParser(
+        prog="litgpt-memsinks",
+        description="Pretrain with memorization sinks, then drop what was memorised. "
+        "Training itself is the stock command: litgpt pretrain --config RECIPE.yaml",
+        version=__version__,
+    )
+    subcommands = parser.add_subcommands()
+    for name, command in COMMANDS.items():
+        summary = (command.function.__doc__ or "").strip().splitlines()[0]
+        subparser = ArgumentParser(description=summary)
+        subparser.add_argument("--config", action="config", help="YAML file with any of the settings below.")
+        subparser.add_function_arguments(command.function, as_group=False, as_positional=command.positional)
+        subcommands.add_subcommand(name, subparser, help=summary)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parse the command line and run one command. Errors that the user can fix end in one line and status 1."""
+    parser = build_parser()
+    settings = parser.instantiate_classes(parser.parse_args(arguments))
+    values = settings[settings.subcommand].as_dict()
+    values.pop("config", None)
+    try:
+        COMMANDS[settings.subcommand].function(**values)
+    except MemSinksError as error:
+        sys.exit(f"Error: {error}")
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,360 @@
+"""The main job end to end: text, document IDs, stream, `litgpt pretrain` in five arms, dropped sinks, measured result.
+
+Not a stage: it only calls the stages' commands, and the stock `litgpt` console script for the training runs.
+"""
+
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from litgpt_memsinks.corpus import train_tokenizer, write_corpus
+from litgpt_memsinks.corpus_files import read_documents
+from litgpt_memsinks.drop_sinks import drop_sinks
+from litgpt_memsinks.errors import MemSinksError
+from litgpt_memsinks.evaluate import Result, evaluate_checkpoint, print_results, write_results
+from litgpt_memsinks.files import atomic_directory, write_json
+from litgpt_memsinks.manifest import MANIFEST, Manifest
+from litgpt_memsinks.prepare import prepare
+from litgpt_memsinks.pretrain import NO_COMPILER, has_cpp_compiler
+from litgpt_memsinks.report import report
+
+ARMS = {
+    "standard": "stream",
+    "left_out": "left_out",
+    "memsinks": "stream",
+    "memsinks_repeated": "stream",
+    "id_noise": "id_noise",
+}
+"""Recipe of each arm, and the prepared stream that it trains on."""
+
+REPEATED_DOCUMENTS, REPEATS = 32, 96
+VOCAB_SIZE = 1024
+EMBEDDED_DOCUMENTS, OWN_DOCUMENTS = 4500, 3000  # documents that occur once: what trains in minutes
+EMBEDDED_BLOCK, OWN_BLOCK = 128, 256  # tokens in a training row
+OWN_CHARACTERS = 1500  # longer texts are cut: a block holds about 1,000 characters, and the demo has minutes
+VALIDATION_FRACTION = 0.08
+MICRO_BATCH = 8  # of the recipes
+
+
+@dataclass
+class Settings:
+    """What decides the result; kept in the output folder so that a second call continues the same demo or refuses."""
+
+    corpus: str | None
+    seeds: int
+    package: str
+
+
+def demo(
+    corpus: Path | None = None,
+    seeds: int = 1,
+    out_dir: Path = Path("runs/demo"),
+    recipes: Path = Path("recipes/demo"),
+    jobs: int | None = None,
+) -> None:
+    """Train five arms with the stock `litgpt pretrain` and show what dropping the sinks removes.
+
+    A demo that was interrupted goes on where it was: finished streams and runs are not redone.
+
+    Args:
+        corpus: JSON lines with a text each, to use instead of the embedded stories. At least 600 documents.
+        seeds: Number of training seeds.
+        out_dir: Folder for data, runs, results.json and report.png.
+        recipes: Folder of the arms' recipes.
+        jobs: Training runs at the same time; one per core by default.
+
+    Raises:
+        MemSinksError: For bad input, or if a training run fails.
+    """
+    started = time.monotonic()
+    _check(seeds, jobs, recipes)
+    _remember(out_dir, Settings(None if corpus is None else str(corpus.resolve()), seeds, version("litgpt-memsinks")))
+    if not has_cpp_compiler():
+        print(NO_COMPILER)
+    block_size = EMBEDDED_BLOCK if corpus is None else OWN_BLOCK
+    print("1/4 Text, document IDs and streams")
+    streams = prepare_streams(corpus, out_dir)
+    print(f"2/4 Training: {len(ARMS)} arms x {seeds} seed(s) with `litgpt pretrain --config {recipes}/ARM.yaml`")
+    train_arms(streams, out_dir, recipes, seeds, block_size, jobs or os.cpu_count() or 1)
+    print("3/4 Dropping the sinks")
+    drop_all(out_dir, seeds)
+    print("4/4 Measuring")
+    results = [evaluate_arms(out_dir, seed, streams["stream"], block_size) for seed in range(1, seeds + 1)]
+    results_file = out_dir / "results.json"
+    results_file.unlink(missing_ok=True)
+    write_results(results_file, results, streams["stream"])
+    picture = out_dir / "report.png"
+    picture.unlink(missing_ok=True)
+    report(results_file, picture)
+    print_results(results)
+    print(
+        f"Numbers: {results_file}   Picture: {picture}   Time: {(time.monotonic() - started) / 60:.1f} min\n"
+        f"Try the released model: litgpt generate {run_dir(out_dir, 'memsinks', 1) / 'dropped'} --prompt 'One day'"
+    )
+
+
+def _check(seeds: int, jobs: int | None, recipes: Path) -> None:
+    for name, value in (("seeds", seeds), ("jobs", jobs)):
+        if value is not None and value < 1:
+            raise MemSinksError(f"{name} is {value}, but it must be at least 1.")
+    if missing := [arm for arm in ARMS if not (recipes / f"{arm}.yaml").is_file()]:
+        raise MemSinksError(
+            f"{str(recipes)!r} lacks {missing[0]}.yaml. Run the demo in the repository, or give --recipes DIR."
+        )
+
+
+def _remember(out_dir: Path, settings: Settings) -> None:
+    """Store the settings in a new folder, or refuse a folder of another demo."""
+    path = out_dir / "demo.json"
+    if path.is_file():
+        if (found := json.loads(path.read_text(encoding="utf-8"))) != asdict(settings):
+            raise MemSinksError(
+                f"{str(out_dir)!r} holds a demo of {found}, not {asdict(settings)}. Remove it, or set --out_dir."
+            )
+        print(f"{str(out_dir)!r} exists: what is finished there is not redone.")
+    else:
+        write_json(path, asdict(settings))
+
+
+def run_dir(out_dir: Path, arm: str, seed: int) -> Path:
+    """Folder of one training run."""
+    return out_dir / f"{arm}-seed{seed}"
+
+
+# ----------------------------------------------------------------------------------------------------------------- data
+
+
+def prepare_streams(corpus: Path | None, out_dir: Path) -> dict[str, Path]:
+    """Make the tokenizer and the three streams of the arms; finished ones are kept.
+
+    Returns:
+        Name of each stream to its prepared folder.
+    """
+    texts, data = out_dir / "corpus", out_dir / "data"
+    if not texts.is_dir():
+        write_corpus(texts, EMBEDDED_DOCUMENTS + REPEATED_DOCUMENTS, 256) if corpus is None else sample(corpus, texts)
+    tokenizer_dir = out_dir / "tokenizer"
+    if not tokenizer_dir.is_dir():
+        train_tokenizer(
+            (document.text for document in read_documents(texts / "train.jsonl")), tokenizer_dir, VOCAB_SIZE
+        )
+    variants = {"stream": {}, "left_out": {"leave_out_repeated": True}, "id_noise": {"id_noise": 1.0}}
+    for name, changes in variants.items():
+        if not (data / name / MANIFEST).is_file():
+            prepare(
+                train=texts / "train.jsonl",
+                validation=texts / "validation.jsonl",
+                out_dir=data / name,
+                tokenizer_dir=tokenizer_dir,
+                repeated_documents=REPEATED_DOCUMENTS,
+                repeats=REPEATS,
+                **changes,  # type: ignore[arg-type]
+            )
+    return {name: data / name for name in variants}
+
+
+def sample(corpus: Path, out_dir: Path, seed: int = 0) -> None:
+    """Take a seeded sample of a user's corpus that trains in minutes, and write it as train and validation JSON lines.
+
+    Texts are cut to ``OWN_CHARACTERS`` characters. Exact copies are dropped, so that only the demo's repeats repeat.
+
+    Raises:
+        MemSinksError: If the corpus is too small.
+    """
+    rng = random.Random(seed)
+    wanted = OWN_DOCUMENTS + REPEATED_DOCUMENTS
+    wanted += round(wanted * VALIDATION_FRACTION)
+    texts = _reservoir(_cut(corpus), wanted, rng)
+    if len(texts) < 600:
+        raise MemSinksError(f"{str(corpus)!r} has {len(texts)} distinct documents, but the demo needs 600 or more.")
+    rng.shuffle(texts)
+    n_validation = round(len(texts) * VALIDATION_FRACTION)
+    with atomic_directory(out_dir) as scratch:
+        for name, part in (("validation", texts[:n_validation]), ("train", texts[n_validation:])):
+            lines = (json.dumps({"text": text}, ensure_ascii=False) for text in part)
+            (scratch / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(f"Took {len(texts):,} documents of {str(corpus)!r}, each cut to its first {OWN_CHARACTERS:,} characters.")
+
+
+def _cut(corpus: Path) -> Iterator[str]:
+    """Distinct texts, cut at the end of a word."""
+    seen: set[int] = set()
+    for document in read_documents(corpus):
+        text = document.text[:OWN_CHARACTERS]
+        if len(document.text) > OWN_CHARACTERS:
+            text = text.rsplit(maxsplit=1)[0]
+        if hash(text) not in seen:
+            seen.add(hash(text))
+            yield text
+
+
+def _reservoir(texts: Iterator[str], number: int, rng: random.Random) -> list[str]:
+    """A uniform sample of a stream without holding it (Vitter's algorithm R)."""
+    kept: list[str] = []
+    for index, text in enumerate(texts):
+        if index < number:
+            kept.append(text)
+        elif (place := rng.randrange(index + 1)) < number:
+            kept[place] = text
+    return kept
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+
+def train_arms(streams: dict[str, Path], out_dir: Path, recipes: Path, seeds: int, block_size: int, jobs: int) -> None:
+    """Run `litgpt pretrain` for each arm and seed in subprocesses, some at a time, with one progress bar each.
+
+    Raises:
+        MemSinksError: If a run fails; the message has the end of its log.
+    """
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[loss]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    runs = [(arm, seed) for seed in range(1, seeds + 1) for arm in ARMS]
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    stop = threading.Event()
+    with Progress(*columns) as progress, ThreadPoolExecutor(jobs) as pool:
+        tasks = {}
+        for arm, seed in runs:
+            tokens = Manifest.read(streams[ARMS[arm]]).splits["train"].tokens
+            iterations = tokens // (
+                MICRO_BATCH * (block_size + 1)
+            )  # one pass: a block holds T inputs and a last target
+            task = progress.add_task(f"{arm} seed {seed}", total=iterations, start=False, loss="waiting")
+            tasks[arm, seed] = (task, iterations * MICRO_BATCH * block_size)
+        futures = [
+            pool.submit(
+                _train,
+                pretrain_command(recipes / f"{arm}.yaml", streams[ARMS[arm]], run_dir(out_dir, arm, seed), seed,
+                                 block_size, tasks[arm, seed][1]),
+                run_dir(out_dir, arm, seed),
+                threads,
+                progress,
+                tasks[arm, seed][0],
+                stop,
+            )
+            for arm, seed in runs
+        ]  # fmt: skip
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:
+            stop.set()
+            for future in futures:
+                future.cancel()
+            raise
+
+
+def pretrain_command(
+    recipe: Path, data_path: Path, out_dir: Path, seed: int, block_size: int, max_tokens: int
+) -> list[str]:
+    """The stock command of one run. The recipe has everything but what the demo's corpus and seed decide."""
+    script = Path(sys.executable).parent / "litgpt"
+    return [
+        str(script) if script.is_file() else shutil.which("litgpt") or "litgpt",
+        "pretrain",
+        *("--config", str(recipe)),
+        *("--data.data_path", str(data_path)),
+        *("--out_dir", str(out_dir)),
+        *("--seed", str(seed)),
+        *("--data.seed", str(seed)),
+        *("--train.max_seq_length", str(block_size)),
+        *("--train.max_tokens", str(max_tokens)),
+    ]
+
+
+_ITERATION = re.compile(r"iter (\d+) step .* loss train: ([\d.]+|nan)")
+
+
+def _train(
+    command: list[str], out_dir: Path, threads: int, progress: Progress, task: TaskID, stop: threading.Event
+) -> None:
+    """Run one command, copy its output to ``train.log`` and follow its iterations."""
+    progress.start_task(task)
+    if (out_dir / "final" / "model_config.yaml").is_file():  # written last
+        progress.update(task, completed=progress.tasks[task].total, loss="done before")
+        return
+    if stop.is_set():
+        return
+    shutil.rmtree(out_dir, ignore_errors=True)  # of an interrupted run
+    out_dir.mkdir(parents=True)
+    progress.update(task, loss="starting")
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1", "COLUMNS": "200"}
+    tail: list[str] = []
+    with (
+        open(out_dir / "train.log", "w", encoding="utf-8") as log,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        ) as process,
+    ):
+        assert process.stdout is not None  # asked for
+        log.write(" ".join(command) + "\n")
+        for line in process.stdout:
+            log.write(line)
+            tail = [*tail[-9:], line]
+            if match := _ITERATION.search(line):
+                _show(progress, task, int(match[1]), f"loss {match[2]}")
+            if stop.is_set():
+                process.terminate()
+    if stop.is_set():
+        return
+    if process.returncode:
+        raise MemSinksError(
+            f"`{' '.join(command)}` failed with status {process.returncode}. Its log, {out_dir / 'train.log'}, ends:\n"
+            + "".join(tail)
+        )
+    progress.update(task, completed=progress.tasks[task].total)
+
+
+def _show(progress: Progress, task: TaskID, iteration: int, loss: str) -> None:
+    """Move the bar; in a log file or a pipe, which show no bars, print a line at every quarter instead."""
+    shown, total = progress.tasks[task], progress.tasks[task].total or 1
+    if not progress.console.is_terminal and int(4 * iteration / total) > int(4 * shown.completed / total):
+        print(f"  {shown.description}: iteration {iteration} of {total:.0f}, {loss}", flush=True)
+    progress.update(task, completed=iteration, loss=loss)
+
+
+# ------------------------------------------------------------------------------------------------------------ measuring
+
+
+def drop_all(out_dir: Path, seeds: int) -> None:
+    """Write the released model of each arm with sinks."""
+    for seed in range(1, seeds + 1):
+        for arm in ("memsinks", "memsinks_repeated"):
+            target = run_dir(out_dir, arm, seed) / "dropped"
+            if not target.is_dir():
+                drop_sinks(run_dir(out_dir, arm, seed) / "final", target)
+
+
+def evaluate_arms(out_dir: Path, seed: int, data_path: Path, block_size: int) -> dict[str, Result]:
+    """Measure every arm of one seed on the documents of the same prepared folder."""
+    with Console(stderr=True).status(f"Seed {seed}"):
+        return {arm: evaluate_checkpoint(run_dir(out_dir, arm, seed) / "final", data_path, block_size) for arm in ARMS}

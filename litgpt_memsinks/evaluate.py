@@ -1,0 +1,373 @@
+"""Measured result: what a checkpoint still knows of the repeated documents, and what that cost in validation loss.
+
+Each document is scored alone, from its first token, over one block. States of a model with sinks (Sec. 5):
+``dropped``: no sinks, the model that is released; ``own``: the document's own sinks on, what training has memorised;
+``placebo``: the sinks of another document on, which must not help.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow.parquet as pq
+import torch
+from litgpt.model import GPT as BaseGPT
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from litgpt_memsinks.checkpoint import load_model
+from litgpt_memsinks.errors import MemSinksError
+from litgpt_memsinks.files import refuse_to_overwrite, write_json
+from litgpt_memsinks.manifest import EVALUATION, Manifest
+from litgpt_memsinks.metrics import IGNORED, document_losses, gap_closed, relative_change
+from litgpt_memsinks.model import GPT
+
+State = Literal["dropped", "own", "placebo"]
+
+
+@dataclass
+class Scored:
+    """Documents to score.
+
+    Attributes:
+        tokens: Tokens of each document, int64 ``(n_tokens,)``.
+        sequence_ids: ID of each document, int64 ``(n_documents,)``.
+    """
+
+    tokens: list[torch.Tensor]
+    sequence_ids: torch.Tensor
+
+
+@dataclass
+class Loss:
+    """A loss with the documents behind it."""
+
+    loss: float
+    """Mean over all targets, nats per token"""
+    targets: int
+    """Number of targets"""
+    documents: int
+    """Number of documents"""
+    by_document: dict[str, float]
+    """Sequence ID to the document's own mean, nats per token"""
+
+
+@dataclass
+class Result:
+    """Measurements of one checkpoint."""
+
+    checkpoint_dir: str
+    """What was evaluated"""
+    has_sinks: bool
+    """Whether the model has sinks"""
+    validation: Loss
+    """Validation documents, sinks dropped"""
+    repeated: dict[State, Loss]
+    """Repeated documents in each state; only ``dropped`` for a model without sinks"""
+
+
+def read_scored(data_path: Path, split: Literal["repeated", "val"], limit: int | None = None) -> Scored:
+    """Read the documents of a prepared folder that are scored.
+
+    Args:
+        data_path: The prepared folder.
+        split: Repeated or validation documents.
+        limit: At most so many.
+
+    Raises:
+        MemSinksError: If the folder is not whole or there is no such document.
+    """
+    Manifest.read(data_path)
+    table = pq.read_table(data_path / EVALUATION, filters=[("split", "=", split)])
+    table = table.slice(0, limit)
+    if not table.num_rows:
+        raise MemSinksError(
+            f"{str(data_path)!r} has no {split} documents to score. Prepare it with --repeated_documents and --repeats."
+        )
+    return Scored(
+        [torch.tensor(tokens) for tokens in table["tokens"].to_pylist()],
+        torch.tensor(table["sequence_id"].to_pylist()),
+    )
+
+
+def pad(documents: Sequence[torch.Tensor], block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Make rows of inputs and targets, one document each, from its first token over at most one block.
+
+    Padding is on the right, where causal attention keeps it from changing anything that is scored.
+
+    Args:
+        documents: Tokens, each ``(n_tokens,)``.
+        block_size: Most targets of a document.
+
+    Returns:
+        Inputs and targets, int64 ``(B, T)``; padded targets are ``IGNORED``.
+    """
+    rows = [document[: block_size + 1] for document in documents]
+    longest = max(max(len(row) for row in rows) - 1, 1)
+    inputs = torch.zeros(len(rows), longest, dtype=torch.int64)
+    targets = torch.full((len(rows), longest), IGNORED)
+    for index, row in enumerate(rows):
+        inputs[index, : len(row) - 1] = row[:-1]
+        targets[index, : len(row) - 1] = row[1:]
+    return inputs, targets
+
+
+@torch.inference_mode()
+def score(
+    model: BaseGPT,
+    documents: Scored,
+    block_size: int,
+    sequence_ids: torch.Tensor | None = None,
+    batch_size: int = 32,
+    description: str = "Scoring",
+) -> Loss:
+    """Loss of a model on documents.
+
+    Args:
+        model: In eval mode; a model with sinks if ``sequence_ids`` are given.
+        documents: What to score.
+        block_size: Most targets of a document.
+        sequence_ids: IDs whose sinks are on, one per document. ``None``: sinks dropped.
+        batch_size: Documents at a time.
+        description: Shown beside the progress bar.
+    """
+    device = next(model.parameters()).device
+    # documents of like length together, so that little is computed on padding
+    order = sorted(range(len(documents.tokens)), key=lambda index: len(documents.tokens[index]))
+    nats = torch.zeros(len(order), dtype=torch.float64)
+    counts = torch.zeros(len(order), dtype=torch.int64)
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    for batch in track(batches, description, transient=True):
+        inputs, targets = pad([documents.tokens[index] for index in batch], block_size)
+        on = {} if sequence_ids is None else {"sequence_ids": sequence_ids[batch].to(device)}
+        losses = document_losses(model(inputs.to(device), **on), targets.to(device))
+        nats[batch], counts[batch] = losses[0].cpu(), losses[1].cpu()
+    if not counts.sum():
+        raise MemSinksError(
+            "No document has two tokens or more, so there is nothing to predict. Give longer documents."
+        )
+    ids = documents.sequence_ids.tolist()
+    means = (nats / counts.clamp(min=1)).tolist()
+    return Loss(
+        loss=float(nats.sum() / counts.sum()),
+        targets=int(counts.sum()),
+        documents=len(ids),
+        by_document={str(ids[index]): means[index] for index in range(len(ids)) if counts[index]},
+    )
+
+
+def placebo_ids(sequence_ids: torch.Tensor) -> torch.Tensor:
+    """Give each document the ID of another one: its predecessor's. A single document gets one that nobody has."""
+    if len(sequence_ids) == 1:
+        return sequence_ids ^ 1 << 16
+    return sequence_ids.roll(1)
+
+
+def evaluate_checkpoint(
+    checkpoint_dir: Path, data_path: Path, block_size: int | None = None, limit: int | None = None, device: str = "cpu"
+) -> Result:
+    """Measure one checkpoint on the repeated and the validation documents of a prepared folder.
+
+    Args:
+        checkpoint_dir: A LitGPT checkpoint, with sinks or plain.
+        data_path: The prepared folder that names the repeated documents.
+        block_size: Most targets of a document; the model's context length by default.
+        limit: Most documents of each kind.
+        device: Where to compute.
+    """
+    model = load_model(checkpoint_dir).to(device)
+    block_size = min(block_size or model.max_seq_length, model.max_seq_length)
+    repeated = read_scored(data_path, "repeated", limit)
+    validation = read_scored(data_path, "val", limit)
+    has_sinks = isinstance(model, GPT) and model.config.n_sink > 0
+    states: dict[State, torch.Tensor | None] = {"dropped": None}
+    if has_sinks:
+        states |= {"own": repeated.sequence_ids, "placebo": placebo_ids(repeated.sequence_ids)}
+    name = checkpoint_dir.parent.name if checkpoint_dir.name == "final" else checkpoint_dir.name
+    return Result(
+        checkpoint_dir=str(checkpoint_dir),
+        has_sinks=has_sinks,
+        validation=score(model, validation, block_size, description=f"{name}: validation"),
+        repeated={
+            state: score(model, repeated, block_size, ids, description=f"{name}: repeated, {state}")
+            for state, ids in states.items()
+        },
+    )
+
+
+def evaluate(
+    checkpoint_dir: Path,
+    data_path: Path,
+    standard: Path | None = None,
+    left_out: Path | None = None,
+    out_file: Path | None = None,
+    block_size: int | None = None,
+    limit: int | None = None,
+    device: str = "cpu",
+) -> None:
+    """Measure what a checkpoint remembers of the repeated documents, and print a table.
+
+    Args:
+        checkpoint_dir: Checkpoint to measure, with sinks or plain.
+        data_path: Folder of `litgpt-memsinks prepare` that the model was trained on.
+        standard: Checkpoint of standard training on the same stream: 0% of the gap closed.
+        left_out: Checkpoint of training without the repeated documents: 100% of the gap closed.
+        out_file: JSON file for the result, with per-document losses. Must not exist.
+        block_size: Most tokens of a document that are scored. The model's context length by default.
+        limit: Most documents of each kind. All by default.
+        device: Where to compute, cpu or cuda.
+    """
+    if out_file is not None:
+        refuse_to_overwrite(out_file)
+    given = {"standard": standard, "left_out": left_out, "evaluated": checkpoint_dir}
+    results = {
+        arm: evaluate_checkpoint(path, data_path, block_size, limit, device)
+        for arm, path in given.items()
+        if path is not None
+    }
+    print_results([results])
+    if out_file is not None:
+        write_results(out_file, [results], data_path)
+        print(f"Per-document losses: {out_file}")
+
+
+def write_results(out_file: Path, seeds: list[dict[str, Result]], data_path: Path) -> None:
+    """Write results, one mapping from arm to result per seed, as JSON."""
+    packages = ("litgpt-memsinks", "litgpt", "litdata", "lightning", "torch")
+    write_json(
+        out_file,
+        {
+            "versions": {name: version(name) for name in packages},
+            "data_path": str(data_path),
+            "unit": "nats per token",
+            "comparison": [_strict(row) for row in compare(seeds)],
+            "seeds": [{arm: asdict(result) for arm, result in results.items()} for results in seeds],
+        },
+    )
+
+
+def _strict(row: "Row") -> dict[str, Any]:
+    """A row for JSON, which has no NaN."""
+    values = asdict(row)
+    lists = {name: [None if math.isnan(value) else value for value in values[name]] for name in values if name != "arm"}
+    return {"arm": row.arm, **lists}
+
+
+# ---------------------------------------------------------------------------------------------------------- comparing
+
+
+@dataclass
+class Row:
+    """One arm of a comparison, one value per seed in each list; NaN (in JSON null) where it does not apply.
+
+    Losses in nats per token. ``validation_change`` is relative to the standard arm of the same seed.
+    ``repeated_ratio`` is the paper's figure: the loss on repeated documents over that of a model that never saw them
+    (Fig. 4b: about 0.66).
+    """
+
+    arm: str
+    validation: list[float]
+    validation_change: list[float]
+    repeated: list[float]
+    repeated_ratio: list[float]
+    own: list[float]
+    placebo: list[float]
+    gap_closed: list[float]
+
+
+def compare(seeds: list[dict[str, Result]]) -> list[Row]:
+    """Set each arm against the ``standard`` and ``left_out`` arms of its seed.
+
+    Args:
+        seeds: One mapping from arm to result per seed.
+    """
+    return [
+        Row(
+            arm=arm,
+            validation=[results[arm].validation.loss for results in seeds],
+            validation_change=[_change(results, arm) for results in seeds],
+            repeated=[results[arm].repeated["dropped"].loss for results in seeds],
+            repeated_ratio=[_ratio(results, arm) for results in seeds],
+            own=[_state(results[arm], "own") for results in seeds],
+            placebo=[_state(results[arm], "placebo") for results in seeds],
+            gap_closed=[_gap(results, arm) for results in seeds],
+        )
+        for arm in seeds[0]
+    ]
+
+
+def _state(result: Result, state: State) -> float:
+    return result.repeated[state].loss if state in result.repeated else math.nan
+
+
+def _change(results: dict[str, Result], arm: str) -> float:
+    if "standard" not in results:
+        return math.nan
+    return relative_change(results[arm].validation.loss, results["standard"].validation.loss)
+
+
+def _ratio(results: dict[str, Result], arm: str) -> float:
+    if "left_out" not in results:
+        return math.nan
+    return results[arm].repeated["dropped"].loss / results["left_out"].repeated["dropped"].loss
+
+
+def _gap(results: dict[str, Result], arm: str) -> float:
+    if not {"standard", "left_out"} <= set(results):
+        return math.nan
+    losses = [results[name].repeated["dropped"].loss for name in (arm, "standard", "left_out")]
+    return gap_closed(*losses)
+
+
+def mean(values: Sequence[float]) -> float:
+    """Arithmetic mean."""
+    return sum(values) / len(values)
+
+
+def deviation(values: Sequence[float]) -> float:
+    """Sample standard deviation; 0 for one value."""
+    centre = mean(values)
+    return math.sqrt(sum((value - centre) ** 2 for value in values) / max(len(values) - 1, 1))
+
+
+def print_results(seeds: list[dict[str, Result]]) -> None:
+    """Print the comparison, with what each column means."""
+    rows = compare(seeds)
+    terminal = Console()
+    # a log file or a pipe has no width: do not squeeze the table into rich's 80 columns there
+    console = terminal if terminal.is_terminal else Console(width=120)
+    table = Table(
+        title=f"Loss in nats per token, sinks dropped unless said ({len(seeds)} seed(s))", title_justify="left"
+    )
+    table.add_column("arm")
+    for name in ("validation", "vs standard", "repeated", "own sinks", "placebo", "gap closed"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(
+            row.arm,
+            _cell(row.validation, ".3f"),
+            _cell(row.validation_change, "+.1%"),
+            _cell(row.repeated, ".3f"),
+            _cell(row.own, ".3f"),
+            _cell(row.placebo, ".3f"),
+            _cell(row.gap_closed, ".0%"),
+        )
+    console.print(table)
+    print(
+        "repeated:    documents that were trained on many times; higher is more forgotten\n"
+        "own sinks:   the same with their own sinks on: what training memorised\n"
+        "placebo:     the same with another document's sinks on\n"
+        "gap closed:  how far the loss on repeated documents is from standard training's (0%)\n"
+        "             to that of a model that never saw them (100%)"
+    )
+
+
+def _cell(values: list[float], spec: str) -> str:
+    if any(math.isnan(value) for value in values):
+        return "–"
+    spread = f" ± {format(deviation(values), spec.lstrip('+'))}" if len(values) > 1 else ""
+    return format(mean(values), spec) + spread
