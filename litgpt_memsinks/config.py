@@ -36,13 +36,20 @@ class SinkArgs:
     mask_version: int = MASK_VERSION
     """Version of the mask function. Set it only to state on which version a recipe was made"""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Refuse values out of range.
+
+        Not in ``__post_init__``: LitGPT's command line would show an error there as a traceback of its parser.
+
+        Raises:
+            MemSinksError: Naming the field, its value and the limit.
+        """
         _check_fraction("shared_fraction", self.shared_fraction)
         _check_fraction("active_probability", self.active_probability)
         _check_choice("sinks_for", self.sinks_for, ("all", "repeated"))
         _check_choice("scale", self.scale, ("none", "inverse"))
-        if not -(2**31) <= self.seed < 2**31:
-            raise MemSinksError(f"sinks.seed is {self.seed}, but it must fit 32 bits: [-2**31, 2**31).")
+        if not isinstance(self.seed, int) or not -(2**31) <= self.seed < 2**31:
+            raise MemSinksError(f"sinks.seed is {self.seed}, but it must be an integer in [-2**31, 2**31).")
         if self.mask_version != MASK_VERSION:
             raise MemSinksError(
                 f"sinks.mask_version is {self.mask_version}, but this release computes version {MASK_VERSION} only. "
@@ -50,7 +57,7 @@ class SinkArgs:
             )
 
     def resolved(self, model_name: str) -> "SinkArgs":
-        """These settings with each ``None`` replaced by the default registered for ``model_name``."""
+        """These settings with g and p, where ``None``, replaced by the default registered for ``model_name``."""
         default = SINK_DEFAULTS.get(model_name, PAPER_SINKS)
         given = {name: value for name, value in asdict(self).items() if value is not None}
         return SinkArgs(**{**asdict(default), **given})
@@ -73,12 +80,14 @@ PAPER_SINKS = SinkArgs(shared_fraction=0.7, active_probability=0.3)
 def shared_neurons(intermediate_size: int, shared_fraction: float) -> int:
     """Number of hidden neurons that all documents share: g times ``intermediate_size``, made friendly to hardware.
 
-    Rounded to a multiple of 64 from 1024 neurons on, where that moves g by 3% of the MLP at most; else to the nearest
-    whole neuron. The dropped model's ``intermediate_size`` is this number.
+    Rounded to a multiple of 64 from 1024 neurons on, where that moves g by 0.031 at most; else to the nearest whole
+    neuron. The dropped model's ``intermediate_size`` is this number.
 
     Raises:
         MemSinksError: If less than one neuron would be shared, or if g < 1 leaves no sink.
     """
+    if shared_fraction == 1:
+        return intermediate_size
     exact = shared_fraction * intermediate_size
     if exact < 1:
         raise MemSinksError(
@@ -89,7 +98,7 @@ def shared_neurons(intermediate_size: int, shared_fraction: float) -> int:
     rounded = round(exact / multiple) * multiple
     if not 0 < rounded < intermediate_size:
         rounded = round(exact)
-    if rounded == intermediate_size and shared_fraction < 1:
+    if rounded == intermediate_size:
         raise MemSinksError(
             f"sinks.shared_fraction {shared_fraction} of intermediate_size {intermediate_size} leaves no sink. "
             "Lower it, or set it to 1.0 to train without sinks."
@@ -128,14 +137,16 @@ class MemSinksConfig(BaseConfig):
                 f"sink_n_shared is {self.sink_n_shared}, but it must lie in [1, intermediate_size = "
                 f"{self.intermediate_size}]."
             )
-        # checks the values by the same rules as on the command line
+        if self.sink_active_probability is None:
+            raise MemSinksError("sink_active_probability is null, but it must be above 0 and at most 1.")
+        # the same rules as on the command line
         SinkArgs(
             active_probability=self.sink_active_probability,
             seed=self.sink_seed,
             sinks_for=self.sink_sinks_for,
             scale=self.sink_scale,
             mask_version=self.sink_mask_version,
-        )
+        ).check()
 
     @classmethod
     def from_name(cls, name: str, sinks: SinkArgs | None = None, **kwargs: Any) -> "MemSinksConfig":
@@ -159,7 +170,8 @@ class MemSinksConfig(BaseConfig):
         Raises:
             MemSinksError: If the architecture is not supported, or the settings do not fit it.
         """
-        _refuse_unsupported(config)
+        _refuse_unsupported(config)  # before the sizes are, which such a model may not have
+        sinks.check()
         sinks = sinks.resolved(config.name)
         assert sinks.shared_fraction is not None  # resolved
         assert sinks.active_probability is not None

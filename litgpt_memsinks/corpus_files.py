@@ -22,16 +22,35 @@ class Document(NamedTuple):
     """The text, never empty"""
 
 
-def _open_zst(file: BinaryIO) -> Any:
-    # a .zst file may hold several frames one after another, as parallel compressors write them
-    return zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
+class _ZstFile(io.RawIOBase):
+    """Reads a .zst file of any number of frames, and unlike zstandard's own reader notices if the last one is cut."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._frame: Any = None  # that is being read; None between frames
+        self._packed, self._unpacked = b"", memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._unpacked and (packed := self._packed or self._file.read(65536)):
+            self._frame = self._frame or zstandard.ZstdDecompressor().decompressobj()
+            self._unpacked, self._packed = memoryview(self._frame.decompress(packed)), b""
+            if self._frame.eof:
+                self._packed, self._frame = self._frame.unused_data, None
+        if not self._unpacked and self._frame is not None:
+            raise EOFError("Compressed file ended before the end of its last frame")
+        size = min(len(buffer), len(self._unpacked))
+        buffer[:size], self._unpacked = self._unpacked[:size], self._unpacked[size:]
+        return size
 
 
 _OPENERS: dict[str, Callable[[BinaryIO], Any]] = {
     ".jsonl": lambda file: file,
     ".json": lambda file: file,
     ".gz": lambda file: gzip.GzipFile(fileobj=file),
-    ".zst": _open_zst,
+    ".zst": _ZstFile,
 }
 
 
@@ -91,7 +110,7 @@ def _text(line: str, text_field: str, where: str) -> str:
     """The text of one line, or raise with its place."""
     try:
         content = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise MemSinksError(f"{where} is not JSON: {error}. Correct the line or remove it.") from error
     if not isinstance(content, dict) or text_field not in content:
         found = f"has the fields {sorted(content)}" if isinstance(content, dict) else f"is a {type(content).__name__}"
@@ -99,4 +118,8 @@ def _text(line: str, text_field: str, where: str) -> str:
     text = content[text_field]
     if not isinstance(text, str):
         raise MemSinksError(f"{where} has a {type(text).__name__} in {text_field!r}, but a text is expected.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise MemSinksError(f"{where} is not Unicode: {error}. Correct the line or remove it.") from error
     return text

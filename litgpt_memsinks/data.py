@@ -61,13 +61,6 @@ class MemSinksData(LitData):
     sinks: SinkArgs = field(default_factory=SinkArgs)
     """Hyperparameters of the memorization sinks"""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.split_names is None:
-            raise MemSinksError("data.split_names is null, but training and validation differ. Use [train, val].")
-        if self.num_workers < 0:
-            raise MemSinksError(f"data.num_workers is {self.num_workers}, but it must be at least 0.")
-
     def connect(
         self, tokenizer: Tokenizer | None = None, batch_size: int = 1, max_seq_length: int | None = None
     ) -> None:
@@ -95,9 +88,13 @@ class MemSinksData(LitData):
             The folder's manifest.
 
         Raises:
-            MemSinksError: If the data is missing, plain, half-written, not int32, too short for one batch, made with
-                another tokenizer, or holds a token beyond the vocabulary.
+            MemSinksError: If a setting is out of range, or the data is missing, plain, half-written, not int32, too
+                short for one batch, made with another tokenizer, or holds a token beyond the vocabulary.
         """
+        if self.split_names is None:
+            raise MemSinksError("data.split_names is null, but training and validation differ. Use [train, val].")
+        if self.num_workers < 0:
+            raise MemSinksError(f"data.num_workers is {self.num_workers}, but it must be at least 0.")
         manifest = Manifest.read(Path(self.data_path))
         if manifest.max_token >= padded_vocab_size:
             raise MemSinksError(
@@ -109,7 +106,6 @@ class MemSinksData(LitData):
                 f"The tokenizer at {str(tokenizer_dir)!r} ({given[:12]}) is not the one that made the data "
                 f"({manifest.tokenizer_sha256[:12]}). Leave tokenizer_dir out, or use {str(self.tokenizer_dir)!r}."
             )
-        assert self.split_names is not None  # refused in __post_init__
         for name in self.split_names:
             _check_chunks(Path(self.data_path) / name, block_size, batch_size)
         return manifest
@@ -137,12 +133,15 @@ class MemSinksData(LitData):
 def _check_chunks(folder: Path, block_size: int, batch_size: int) -> None:
     """Refuse a split whose chunks are missing, not int32 or too few for one batch."""
     index = read_index(folder)
-    (data_format,) = index["config"]["data_format"]
+    data_format = ", ".join(index["config"]["data_format"])
     if data_format not in INT32_FORMATS:
         raise MemSinksError(f"{str(folder)!r} holds {data_format}, not int32, which cuts IDs short. Prepare it again.")
     for chunk in index["chunks"]:
         if not os.path.isfile(folder / chunk["filename"]):
             raise MemSinksError(f"{str(folder / chunk['filename'])!r} is missing. Copy the folder again.")
+        # 32 bit each: the number of documents, where each begins and the last ends, and the stream
+        if (folder / chunk["filename"]).stat().st_size != 4 * (2 + chunk["chunk_size"] + chunk["dim"]):
+            raise MemSinksError(f"{str(folder / chunk['filename'])!r} is not whole. Copy the folder again.")
     blocks = sum(chunk["dim"] // (2 * (block_size + 1)) for chunk in index["chunks"])
     if blocks < batch_size:
         raise MemSinksError(
@@ -160,4 +159,10 @@ def read_index(folder: Path) -> dict[str, Any]:
     path = folder / "index.json"
     if not path.is_file():
         raise MemSinksError(f"{str(path)!r} is missing: the folder is half-written or has other splits. Prepare it.")
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise MemSinksError(f"{str(path)!r} is not JSON ({error}). Copy the folder again, or prepare it.") from error
+    if not isinstance(index, dict) or not {"chunks", "config"} <= index.keys():
+        raise MemSinksError(f"{str(path)!r} is not an index of litdata. Copy the folder again, or prepare it.")
+    return index

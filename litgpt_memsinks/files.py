@@ -22,28 +22,53 @@ def refuse_to_overwrite(path: Path) -> None:
 
 
 def incomplete_path(path: Path) -> Path:
-    """The hidden sibling in which the content of ``path`` is made before it is renamed to ``path``."""
-    return path.parent / f".{path.name}.incomplete"
+    """The hidden sibling in which this process makes the content of ``path`` before it is renamed to ``path``.
+
+    The process ID is in the name, because a worker process may outlive a killed parent for a while and go on writing.
+    """
+    return path.parent / f".{path.name}.{os.getpid()}.incomplete"
+
+
+def clear_stale(path: Path) -> None:
+    """Remove what killed processes of this machine have left beside ``path``."""
+    for stale in path.parent.glob(f".{path.name}.*.incomplete"):
+        process = stale.name.removesuffix(".incomplete").rsplit(".", 1)[1]
+        if not (process.isdigit() and _is_running(int(process))) or stale == incomplete_path(path):
+            shutil.rmtree(stale, ignore_errors=True)
+            stale.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 @contextmanager
 def atomic_directory(out_dir: Path) -> Iterator[Path]:
     """Yield a scratch folder that becomes ``out_dir`` in one rename if the block succeeds.
 
-    A killed process leaves only the hidden ``.NAME.incomplete`` beside ``out_dir``, which the next run clears away.
+    A killed process leaves only a hidden ``.NAME.PROCESS.incomplete`` beside ``out_dir``, which the next run clears.
 
     Raises:
         MemSinksError: If ``out_dir`` already holds something.
     """
     out_dir = Path(os.path.abspath(out_dir))
     refuse_to_overwrite(out_dir)
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    clear_stale(out_dir)
     scratch = incomplete_path(out_dir)
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
+    scratch.mkdir()
     try:
         yield scratch
         _fsync_tree(scratch)
-        if out_dir.is_dir():  # empty, see above: rename refuses a folder that exists on some file systems
+        if (
+            out_dir.is_dir() and not out_dir.is_symlink()
+        ):  # empty, see above: rename refuses a folder that exists on some file systems
             out_dir.rmdir()
         scratch.rename(out_dir)
     except BaseException:
@@ -54,6 +79,7 @@ def atomic_directory(out_dir: Path) -> Iterator[Path]:
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` (UTF-8) to ``path`` so that a reader sees the old file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    clear_stale(path)
     scratch = incomplete_path(path)
     with open(scratch, "w", encoding="utf-8") as file:
         file.write(text)

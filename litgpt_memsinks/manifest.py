@@ -47,7 +47,7 @@ class Manifest:
     tokenizer_sha256: str
     """Fingerprint of the tokenizer, see ``tokenizer_fingerprint``"""
     max_token: int
-    """Largest token in the stream"""
+    """Largest token of the corpora that were read"""
     splits: dict[str, Split]
     """Folder name to its counts: train and val"""
     seed: int
@@ -105,7 +105,10 @@ class Manifest:
             )
         if unknown := {field.name for field in fields(cls)} ^ set(content):
             raise MemSinksError(f"{str(path)!r} lacks or adds {sorted(unknown)}. Prepare the data again.")
-        content["splits"] = {name: Split(**split) for name, split in content["splits"].items()}
+        try:
+            content["splits"] = {name: Split(**split) for name, split in content["splits"].items()}
+        except (AttributeError, TypeError) as error:
+            raise MemSinksError(f"{str(path)!r} has unreadable splits ({error}). Prepare the data again.") from error
         return cls(**content)
 
 

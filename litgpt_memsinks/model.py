@@ -36,6 +36,7 @@ class GPT(BaseGPT):
     def __init__(self, config: MemSinksConfig) -> None:
         super().__init__(config)
         self.config: MemSinksConfig = config
+        self.transformer.h = nn.ModuleList()  # frees the base class's blocks before ours are made
         self.transformer.h = nn.ModuleList(Block(config, block_idx) for block_idx in range(config.n_layer))
         self.register_buffer(MARKER, torch.tensor(config.n_shared), persistent=True)
 

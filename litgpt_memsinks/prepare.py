@@ -128,7 +128,9 @@ def prepare(
     """
     if repeated_documents is None and repeated is None:
         repeated_documents = 0
-    _check_settings(validation_fraction, documents, repeated_documents, repeats, id_noise, chunk_bytes, num_workers)
+    _check_settings(
+        validation_fraction, documents, repeated_documents, repeats, id_noise, chunk_bytes, num_workers, seed
+    )
     refuse_to_overwrite(out_dir)
     fingerprint = tokenizer_fingerprint(tokenizer_dir)
     tokenizer = Tokenizer(tokenizer_dir)
@@ -140,8 +142,11 @@ def prepare(
             validation_documents, overlap = _validation_documents(held_out, corpus)
         else:
             held_out, overlap = corpus, 0
-            unique, occurrences, validation_documents = _split(unique, occurrences, validation_fraction, seed)
-        may_repeat = corpus.upsampled[unique] | (repeated is None)
+            upsampled = _upsampled(corpus, unique)
+            unique, occurrences, validation_documents = _split(
+                unique, occurrences, upsampled, validation_fraction, seed
+            )
+        may_repeat = _upsampled(corpus, unique) | (repeated is None)
         chosen, counts = choose(unique, occurrences, may_repeat, documents, repeated_documents, repeats, seed)
         plan = training_plan(chosen, counts, corpus.digests, leave_out_repeated, id_noise, seed)
         validation_plan = Plan(validation_documents, _ids(held_out.digests[validation_documents], False))
@@ -151,7 +156,7 @@ def prepare(
         _copy_tokenizer(tokenizer_dir, scratch / TOKENIZER)
         manifest = Manifest(
             tokenizer_sha256=fingerprint,
-            max_token=int(max(corpus.tokens.max(), held_out.tokens.max())),
+            max_token=int(max(corpus.tokens.max(), held_out.tokens.max())),  # of all that was read, used or not
             splits={
                 "train": _split_counts(corpus, plan),
                 "val": _split_counts(held_out, validation_plan),
@@ -178,6 +183,7 @@ def _check_settings(
     id_noise: float,
     chunk_bytes: int,
     num_workers: int,
+    seed: int,
 ) -> None:
     checks = [
         ("validation_fraction", validation_fraction, 0 < validation_fraction < 1, "above 0 and below 1"),
@@ -187,6 +193,7 @@ def _check_settings(
         ("id_noise", id_noise, 0 <= id_noise <= 1, "in [0, 1]"),
         ("chunk_bytes", chunk_bytes, chunk_bytes >= 4096, "at least 4096 bytes"),
         ("num_workers", num_workers, num_workers >= 1, "at least 1"),
+        ("seed", seed, seed >= 0, "at least 0"),
     ]
     for name, value, valid, limit in checks:
         if not valid:
@@ -258,15 +265,21 @@ def _tokenized_documents(
 def encode(texts: list[str], tokenizer: Tokenizer) -> list[npt.NDArray[np.int32]]:
     """Tokenise documents as ``tokenizer.encode(text, eos=True)`` does, but many at once.
 
-    BOS goes in front where the tokenizer asks for it.
+    BOS goes in front where the tokenizer asks for it, and exactly one EOS behind: LitGPT's would drop it from a text
+    that ends in EOS already.
 
     Raises:
         MemSinksError: If the tokenizer has no end-of-sequence token to separate documents with.
     """
     if tokenizer.eos_id is None:
         raise MemSinksError("The tokenizer has no eos_token, which separates documents. Add one to its configuration.")
+    if tokenizer.use_bos and tokenizer.bos_id is None:
+        raise MemSinksError("The tokenizer is to add a bos_token, but has none. Correct tokenizer_config.json.")
     if tokenizer.backend != "huggingface":
         return [tokenizer.encode(text, eos=True).numpy() for text in texts]
+    # some tokenizer files carry settings of the script that saved them
+    tokenizer.processor.no_padding()
+    tokenizer.processor.no_truncation()
     bos = [tokenizer.bos_id] if tokenizer.use_bos else []
     return [
         np.array(bos + _without_specials(encoding.ids, tokenizer) + [tokenizer.eos_id], dtype=np.int32)
@@ -311,6 +324,11 @@ def first_occurrences(digests: npt.NDArray[np.uint64]) -> tuple[npt.NDArray[np.i
     return first[order], counts[order]
 
 
+def _upsampled(corpus: Tokenized, documents: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """Which documents have a copy in the corpus that is repeated; their first copy may be in the other one."""
+    return np.isin(corpus.digests[documents], corpus.digests[corpus.upsampled])
+
+
 def _validation_documents(held_out: Tokenized, corpus: Tokenized) -> tuple[npt.NDArray[np.int64], int]:
     """Distinct validation documents that are not in the training corpus, and how many were dropped because they are."""
     unique, _ = first_occurrences(held_out.digests)
@@ -321,15 +339,26 @@ def _validation_documents(held_out: Tokenized, corpus: Tokenized) -> tuple[npt.N
 
 
 def _split(
-    unique: npt.NDArray[np.int64], occurrences: npt.NDArray[np.int64], fraction: float, seed: int
+    unique: npt.NDArray[np.int64],
+    occurrences: npt.NDArray[np.int64],
+    upsampled: npt.NDArray[np.bool_],
+    fraction: float,
+    seed: int,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Hold out a seeded fraction of the distinct documents: training documents, their copies, validation documents."""
-    n_validation = max(1, round(fraction * len(unique)))
-    if n_validation == len(unique):
-        raise MemSinksError(f"{len(unique)} document(s) cannot be split into training and validation. Give more text.")
-    order = np.random.default_rng([seed, 0]).permutation(len(unique))
-    training = np.sort(order[n_validation:])
-    return unique[training], occurrences[training], unique[np.sort(order[:n_validation])]
+    """Hold out a seeded fraction of the distinct documents, none of the upsampled ones.
+
+    Returns:
+        Training documents, their copies, and validation documents.
+    """
+    candidates = np.flatnonzero(~upsampled)
+    n_validation = max(1, round(fraction * len(candidates)))
+    if n_validation >= len(candidates):
+        raise MemSinksError(
+            f"{len(candidates)} document(s) cannot be split into training and validation. Give more text."
+        )
+    held_out = np.zeros(len(unique), dtype=np.bool_)
+    held_out[np.random.default_rng([seed, 0]).permutation(candidates)[:n_validation]] = True
+    return unique[~held_out], occurrences[~held_out], unique[held_out]
 
 
 def choose(
@@ -345,11 +374,11 @@ def choose(
 
     Args:
         unique: Indices of distinct documents.
-        occurrences: Copies of each in the corpus; they add to the repeats.
+        occurrences: Copies of each in the corpus. A document that is not chosen to repeat keeps them.
         may_repeat: Which of them may be chosen to repeat.
         documents: Documents besides the repeated ones; ``None`` for all others.
         repeated_documents: Documents to repeat; ``None`` for all that may.
-        repeats: How often each of those is written, per copy in the corpus.
+        repeats: How often each of those is written, however many copies the corpus has.
         seed: Seed of the choice.
 
     Returns:
@@ -364,7 +393,7 @@ def choose(
     # an upsampled corpus is there to be repeated: what is not chosen of it is not used
     others = order[~may_repeat[order]] if not may_repeat.all() else candidates[len(repeated) :]
     others = others[: _at_most("documents", documents, len(others))]
-    counts = np.concatenate((occurrences[repeated] * repeats, occurrences[others]))
+    counts = np.concatenate((np.full(len(repeated), repeats), occurrences[others]))
     return unique[np.concatenate((repeated, others))], counts
 
 

@@ -44,7 +44,7 @@ def threshold(active_probability: float) -> int:
     """The int32 value below which a uniformly distributed int32 falls with the given probability.
 
     Args:
-        active_probability: p, in (0, 1). The ends are not representable: ``sink_mask`` treats them apart.
+        active_probability: p, in (0, 1), in steps of 2**-32. ``sink_mask`` treats the ends apart.
     """
     return min(max(round(active_probability * 2**32) - 2**31, -(2**31)), 2**31 - 1)
 
@@ -55,7 +55,8 @@ def document_bits(sequence_ids: torch.Tensor) -> torch.Tensor:
 
 
 def only_repeated(sequence_ids: torch.Tensor) -> torch.Tensor:
-    """IDs with those of documents that occur once replaced by 0, which has no sinks. Same shape and dtype."""
+    """IDs with those of documents that occur once replaced by 0, which has no sinks. int32, same shape."""
+    sequence_ids = sequence_ids.to(torch.int32)
     return torch.where(sequence_ids < 0, sequence_ids, 0)
 
 
@@ -67,7 +68,7 @@ def sink_mask(sequence_ids: torch.Tensor, n_sink: int, active_probability: float
             low 31 bits count. 0 switches all sinks off.
         n_sink: Number of sink neurons in one MLP.
         active_probability: p, the probability that a given sink is on for a given document, in [0, 1].
-        seed: Another seed gives independent masks. Any int32.
+        seed: Another small seed gives independent masks. Any int32.
 
     Returns:
         bool of shape ``(..., n_sink)``.
@@ -81,5 +82,10 @@ def sink_mask(sequence_ids: torch.Tensor, n_sink: int, active_probability: float
         return named & (neurons >= 0)
     # Two rounds before the XOR: with one, consecutive IDs give correlated masks
     token_state = fmix32(fmix32(documents + _GOLDEN)).unsqueeze(-1)
-    neuron_key = fmix32(neurons * _GOLDEN + seed)
-    return named & (fmix32(token_state ^ neuron_key) < threshold(active_probability))
+    # The `&` changes no number. Without it Inductor (torch 2.15, CPU, AVX-512) folds the multiplication into its loop
+    # index, where it overflows a signed integer; the C++ compiler may assume that never happens, and then masks are
+    # wrong and memory beyond them is overwritten wherever n_sink is not a multiple of 64.
+    neuron_key = fmix32((neurons & _LOW_31_BITS) * _GOLDEN + seed)
+    # nothing is below the smallest int32: no sink is on for ID 0
+    limit = torch.where(named, threshold(active_probability), -(2**31)).to(torch.int32)
+    return fmix32(token_state ^ neuron_key) < limit

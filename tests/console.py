@@ -1,0 +1,103 @@
+"""Running the real console scripts in subprocesses."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPTS = Path(sys.executable).parent
+REPOSITORY = Path(__file__).parent.parent
+
+TINY_MODEL = {
+    "name": "tiny",
+    "n_layer": 2,
+    "n_embd": 32,
+    "n_head": 2,
+    "block_size": 64,
+    "vocab_size": 512,
+    "padded_vocab_size": 512,
+    "rotary_percentage": 1.0,
+    "parallel_residual": False,
+    "bias": False,
+    "norm_class_name": "RMSNorm",
+    "mlp_class_name": "LLaMAMLP",
+    "intermediate_size": 64,
+}
+
+
+def run(command, compiled=False, check=True, **environment):
+    """Run a command, stdout and stderr together. Uncompiled unless asked: compiling takes longer than training."""
+    # `extra` imports of the console scripts must find the checkout even if it is not installed
+    settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), **environment}
+    if not compiled:
+        settings["TORCHDYNAMO_DISABLE"] = "1"
+    result = subprocess.run(
+        [str(part) for part in command],
+        env={**os.environ, **settings},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=240,
+    )
+    assert not check or result.returncode == 0, result.stdout[-3000:]
+    return result
+
+
+def litgpt(*arguments, **options):
+    """The stock ``litgpt`` console script."""
+    return run([SCRIPTS / "litgpt", *arguments], **options)
+
+
+def litgpt_with_package_imported(*arguments, **options):
+    """The same command line in a process that has imported our package first."""
+    code = "import sys, litgpt_memsinks; from litgpt.__main__ import main; sys.argv[0] = 'litgpt'; main()"
+    return run([sys.executable, "-c", code, *arguments], **options)
+
+
+def memsinks(*arguments, **options):
+    """Our console script."""
+    return run([sys.executable, "-m", "litgpt_memsinks", *arguments], **options)
+
+
+def pretrain_arguments(out_dir, data_path, class_path="litgpt_memsinks.MemSinksData", iterations=12, **settings):
+    """Arguments of a small ``litgpt pretrain``. Keys of ``settings`` have ``__`` for dots."""
+    values = {
+        "out_dir": out_dir,
+        "precision": "32-true",
+        "devices": 1,
+        "seed": 3,
+        "logger_name": "csv",
+        "data": class_path,
+        "data.data_path": data_path,
+        "data.split_names": "[train,val]",
+        "data.num_workers": 0,
+        "data.seed": 7,
+        "train.save_interval": 1000,
+        "train.log_interval": 1,
+        "train.global_batch_size": 4,
+        "train.micro_batch_size": 4,
+        "train.lr_warmup_steps": 2,
+        "train.max_tokens": iterations * 4 * 32,
+        "train.max_seq_length": 32,
+        "train.max_norm": 1.0,
+        "train.min_lr": 1e-3,
+        "train.tie_embeddings": "true",
+        "eval.interval": 5,
+        "eval.max_iters": 3,
+        "optimizer": "AdamW",
+    }
+    if "model_name" not in settings:
+        values |= {"model_name": "tiny"} | {f"model_config.{key}": value for key, value in TINY_MODEL.items()}
+    values |= {key.replace("__", "."): value for key, value in settings.items()}
+    arguments = ["pretrain", values.pop("model_name")]  # positional on the command line
+    for key, value in values.items():
+        arguments += [f"--{key}", str(value)]
+    return arguments
+
+
+def logged(out_dir, column="loss"):
+    """All values of one column of the newest CSV log of a run, as the text that was written."""
+    logs = sorted(Path(out_dir).glob("logs/csv/version_*/metrics.csv"))
+    with open(logs[-1], newline="", encoding="utf-8") as file:
+        return [row[column] for row in csv.DictReader(file) if row.get(column)]

@@ -1,0 +1,88 @@
+"""The console script: help from docstrings, one line for an error, a status that says so."""
+
+import json
+
+import pytest
+
+from litgpt_memsinks import __version__
+from litgpt_memsinks.__main__ import COMMANDS, main
+from tests.console import SCRIPTS, memsinks, run
+
+
+def test_help_lists_every_command_with_its_docstring():
+    output = memsinks("--help").stdout
+    for name, command in COMMANDS.items():
+        assert name in output
+        assert command.function.__doc__.split()[0] in output
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_help_of_a_command_describes_every_argument(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([name, "--help"])
+    assert stop.value.code == 0
+    output = " ".join(capsys.readouterr().out.split())
+    documented = COMMANDS[name].function.__doc__.split("Args:")[1]
+    for argument in COMMANDS[name].function.__annotations__:
+        if argument != "return":
+            assert argument in output
+            assert f"{argument}:" in documented
+
+
+def test_installed_script_is_the_module():
+    assert run([SCRIPTS / "litgpt-memsinks", "--version"]).stdout == memsinks("--version").stdout
+    assert __version__ in memsinks("--version").stdout
+
+
+BAD_INPUT = {
+    "missing file": ("nothing.jsonl", None, [], "There is no file"),
+    "empty corpus": ("corpus.jsonl", "", [], "holds no document with text"),
+    "not JSON": ("corpus.jsonl", '{"text": "a"}\n{"text": \n', [], "line 2 is not JSON"),
+    "missing field": ("corpus.jsonl", '{"story": "a"}\n', [], "has the fields ['story'], but the text is expected in"),
+    "too few": ("corpus.jsonl", '{"text": "a"}\n{"text": "b"}\n', ["--documents", "9"], "documents is 9, but"),
+    "repeats missing": ("corpus.jsonl", '{"text": "a"}\n', ["--repeated_documents", "1"], "repeats is 1"),
+}
+
+
+@pytest.mark.parametrize("case", sorted(BAD_INPUT))
+def test_bad_input_to_prepare_ends_in_one_line(case, tmp_path, tokenizer_dir, capsys):
+    name, content, extra, message = BAD_INPUT[case]
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    arguments = ["--train", tmp_path / name, "--out_dir", tmp_path / "out", "--tokenizer_dir", tokenizer_dir]
+    with pytest.raises(SystemExit) as stop:
+        main(["prepare", *map(str, arguments), *extra])
+    error = str(stop.value.code)
+    assert error.startswith("Error: ")
+    assert message in error
+    assert "\n" not in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_error_of_the_real_script_is_one_line_and_status_1(tmp_path, tokenizer_dir):
+    arguments = ["--train", tmp_path / "x.jsonl", "--out_dir", tmp_path / "out", "--tokenizer_dir", tokenizer_dir]
+    result = memsinks("prepare", *arguments, check=False)
+    assert result.returncode == 1
+    assert result.stdout.strip().startswith("Error: There is no file")
+    assert result.stdout.strip().count("\n") == 0
+
+
+def test_settings_can_come_from_a_file(tmp_path, tokenizer_dir, capsys):
+    texts = [json.dumps({"text": f"One day {name} went out."}) for name in ("Tom", "Mia", "Sam", "Eva", "Ben")]
+    (tmp_path / "corpus.jsonl").write_text("\n".join(texts))
+    settings = {
+        "train": str(tmp_path / "corpus.jsonl"),
+        "out_dir": str(tmp_path / "out"),
+        "tokenizer_dir": str(tokenizer_dir),
+        "validation_fraction": 0.2,
+    }
+    (tmp_path / "settings.yaml").write_text(json.dumps(settings))
+    main(["prepare", "--config", str(tmp_path / "settings.yaml")])
+    assert "4 distinct" in capsys.readouterr().out
+
+
+def test_tokenizer_and_corpus_commands(tmp_path, capsys):
+    main(["corpus", "--out_dir", str(tmp_path / "corpus"), "--documents", "20", "--validation_documents", "5"])
+    main(["tokenizer", "--corpus", str(tmp_path / "corpus"), "--out_dir", str(tmp_path / "tokenizer")])
+    assert (tmp_path / "tokenizer/tokenizer.json").is_file()
+    assert len((tmp_path / "corpus/train.jsonl").read_text().splitlines()) == 20
