@@ -339,12 +339,12 @@ def print_results(seeds: list[dict[str, Result]]) -> None:
     rows = compare(seeds)
     terminal = Console()
     # a log file or a pipe has no width: do not squeeze the table into rich's 80 columns there
-    console = terminal if terminal.is_terminal else Console(width=120)
+    console = terminal if terminal.is_terminal else Console(width=150)
     table = Table(
         title=f"Loss in nats per token, sinks dropped unless said ({len(seeds)} seed(s))", title_justify="left"
     )
     table.add_column("arm")
-    for name in ("validation", "vs standard", "repeated", "own sinks", "placebo", "gap closed"):
+    for name in ("validation", "vs standard", "repeated", "of unseen", "own sinks", "placebo", "gap closed"):
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(
@@ -352,6 +352,7 @@ def print_results(seeds: list[dict[str, Result]]) -> None:
             _cell(row.validation, ".3f"),
             _cell(row.validation_change, "+.1%"),
             _cell(row.repeated, ".3f"),
+            _cell(row.repeated_ratio, ".0%"),
             _cell(row.own, ".3f"),
             _cell(row.placebo, ".3f"),
             _cell(row.gap_closed, ".0%"),
@@ -359,6 +360,7 @@ def print_results(seeds: list[dict[str, Result]]) -> None:
     console.print(table)
     print(
         "repeated:    documents that were trained on many times; higher is more forgotten\n"
+        "of unseen:   that loss, as a share of the loss of a model that never saw them\n"
         "own sinks:   the same with their own sinks on: what training memorised\n"
         "placebo:     the same with another document's sinks on\n"
         "gap closed:  how far the loss on repeated documents is from standard training's (0%)\n"

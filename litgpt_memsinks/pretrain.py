@@ -88,6 +88,7 @@ def _main_with_sinks(
     block_size = train.max_seq_length or sink_config.block_size
     assert sink_config.padded_vocab_size is not None  # set by Config.__post_init__
     data.check(sink_config.padded_vocab_size, block_size, train.micro_batch_size, tokenizer_dir)
+    check_devices(kwargs["devices"], kwargs["num_nodes"], bool(train.tie_embeddings))
     if checkpoint := find_resume_path(resume, out_dir):
         check_same_sinks(sink_config, checkpoint.parent)
     fabric.print(describe(sink_config))
@@ -132,6 +133,25 @@ def describe(config: MemSinksConfig) -> str:
         f"{config.n_sink} are sinks, each on for a document with p = {config.sink_active_probability:g} "
         f"({config.sink_sinks_for} documents, scale {config.sink_scale})."
     )
+
+
+def check_devices(devices: int, num_nodes: int, tie_embeddings: bool) -> None:
+    """Refuse launches on several devices that LitGPT's FSDP set-up would train wrongly without a word.
+
+    Raises:
+        MemSinksError: If embeddings are tied, which materialising each module by itself unties, or if there are several
+            nodes of one device, for which HYBRID_SHARD does not synchronise gradients.
+    """
+    if num_nodes > 1 and devices == 1:
+        raise MemSinksError(
+            f"num_nodes is {num_nodes} with 1 device each, for which LitGPT's HYBRID_SHARD does not synchronise "
+            "gradients. Use nodes with 2 devices or more, or one node."
+        )
+    if devices * num_nodes > 1 and tie_embeddings:
+        raise MemSinksError(
+            f"train.tie_embeddings is true on {devices * num_nodes} devices, where LitGPT's FSDP unties embeddings. "
+            "Train on one device, or set train.tie_embeddings to false."
+        )
 
 
 def check_same_sinks(config: MemSinksConfig, checkpoint_dir: Path) -> None:

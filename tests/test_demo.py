@@ -1,0 +1,112 @@
+"""The demo end to end at a tiny size, through the real `litgpt` script, and what it does with trouble."""
+
+import json
+import random
+import threading
+
+import pytest
+from rich.progress import Progress
+
+from litgpt_memsinks import bench, demo
+from litgpt_memsinks.errors import MemSinksError
+from tests.console import REPOSITORY
+
+RECIPES = REPOSITORY / "recipes/demo"
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setattr(demo, "EMBEDDED_DOCUMENTS", 150)
+    monkeypatch.setattr(demo, "REPEATED_DOCUMENTS", 4)
+    monkeypatch.setattr(demo, "REPEATS", 5)
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # compiling takes longer than these runs
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+
+
+def test_demo_prints_the_table_and_continues_where_it_was(tiny, tmp_path, capsys):
+    demo.demo(out_dir=tmp_path / "demo", recipes=RECIPES)
+    first = capsys.readouterr().out
+    assert all(arm in first for arm in demo.ARMS)
+    results = json.loads((tmp_path / "demo/results.json").read_text())
+    assert [row["arm"] for row in results["comparison"]] == list(demo.ARMS)
+    assert results["comparison"][0]["gap_closed"] == [0.0]
+    assert results["comparison"][1]["gap_closed"] == [1.0]
+    assert (tmp_path / "demo/report.png").stat().st_size > 10_000
+    assert (tmp_path / "demo/memsinks-seed1/dropped/lit_model.pth").is_file()
+    log = (tmp_path / "demo/memsinks-seed1/train.log").read_text()
+    assert log.split()[:2] == [demo.pretrain_command(*[tmp_path] * 3, 1, 1, 1)[0], "pretrain"]
+    finished = (tmp_path / "demo/memsinks-seed1/final/lit_model.pth").stat().st_mtime_ns
+
+    demo.demo(out_dir=tmp_path / "demo", recipes=RECIPES)
+    assert "what is finished there is not redone" in capsys.readouterr().out
+    assert (tmp_path / "demo/memsinks-seed1/final/lit_model.pth").stat().st_mtime_ns == finished
+    assert json.loads((tmp_path / "demo/results.json").read_text())["comparison"] == results["comparison"]
+
+    with pytest.raises(MemSinksError, match="holds a demo of"):
+        demo.demo(seeds=2, out_dir=tmp_path / "demo", recipes=RECIPES)
+
+
+def test_failed_run_shows_the_end_of_its_log(tmp_path):
+    with Progress(disable=True) as progress:
+        task = progress.add_task("run", total=1)
+        command = ["sh", "-c", "echo out of luck; exit 3"]
+        with pytest.raises(MemSinksError, match="status 3") as error:
+            demo._train(command, tmp_path / "run", 1, progress, task, threading.Event())
+    assert "out of luck" in str(error.value)
+    assert "out of luck" in (tmp_path / "run/train.log").read_text()
+
+
+def corpus(path, number, words=20):
+    texts = [f"{index} " + "word " * words for index in range(number)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in [*texts, *texts[:5]]))
+    return path
+
+
+def test_sample_cuts_splits_and_drops_copies(tmp_path):
+    demo.sample(corpus(tmp_path / "corpus.jsonl", 700, words=1000), tmp_path / "out")
+    splits = [
+        [json.loads(line)["text"] for line in (tmp_path / f"out/{name}.jsonl").read_text().splitlines()]
+        for name in ("train", "validation")
+    ]
+    assert [len(texts) for texts in splits] == [644, 56]
+    assert len({*splits[0], *splits[1]}) == 700
+    assert all(len(text) <= demo.OWN_CHARACTERS and text.endswith("word") for text in splits[0])
+    demo.sample(tmp_path / "corpus.jsonl", tmp_path / "again")
+    assert (tmp_path / "again/train.jsonl").read_bytes() == (tmp_path / "out/train.jsonl").read_bytes()
+
+
+def test_small_corpus_is_refused(tmp_path):
+    with pytest.raises(MemSinksError, match="has 599 distinct documents, but the demo needs 600"):
+        demo.sample(corpus(tmp_path / "corpus.jsonl", 599), tmp_path / "out")
+
+
+def test_reservoir_is_uniform():
+    rng = random.Random(0)
+    counts = [0] * 10
+    for _ in range(3000):
+        for text in demo._reservoir((str(digit) for digit in range(10)), 3, rng):
+            counts[int(text)] += 1
+    assert all(abs(count - 900) < 4 * (3000 * 0.3 * 0.7) ** 0.5 for count in counts)
+
+
+@pytest.mark.parametrize(("setting", "message"), [({"seeds": 0}, "seeds is 0"), ({"jobs": 0}, "jobs is 0")])
+def test_bad_settings(setting, message, tmp_path):
+    with pytest.raises(MemSinksError, match=message):
+        demo.demo(out_dir=tmp_path / "demo", recipes=RECIPES, **setting)
+
+
+def test_missing_recipes_say_what_to_do(tmp_path):
+    with pytest.raises(MemSinksError, match="Run the demo in the repository"):
+        demo.demo(out_dir=tmp_path / "demo", recipes=tmp_path)
+
+
+def test_bench_times_every_contender_in_turn(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bench, "SHARED_FRACTIONS", (0.5,))
+    bench.bench(rounds=3, compiled=False, out_file=tmp_path / "bench.json")
+    measurements = json.loads((tmp_path / "bench.json").read_text())["measurements"]
+    assert [one["model"] for one in measurements] == ["stock", "stock again", "sinks, g = 0.5"]
+    assert measurements[0]["ratio"] == 1.0
+    assert all(one["seconds_per_step"] > 0 for one in measurements)
+    assert "stock again" in capsys.readouterr().out
+    with pytest.raises(MemSinksError, match="rounds is 2"):
+        bench.bench(rounds=2)
