@@ -114,7 +114,9 @@ def _text(line: str, text_field: str, where: str) -> str:
         raise MemSinksError(f"{where} is not JSON: {error}. Correct the line or remove it.") from error
     if not isinstance(content, dict) or text_field not in content:
         found = f"has the fields {sorted(content)}" if isinstance(content, dict) else f"is a {type(content).__name__}"
-        raise MemSinksError(f"{where} {found}, but the text is expected in {text_field!r}. Set --text_field.")
+        raise MemSinksError(
+            f"{where} {found}, but an object with the text in {text_field!r} is expected. Name the field (text_field)."
+        )
     text = content[text_field]
     if not isinstance(text, str):
         raise MemSinksError(f"{where} has a {type(text).__name__} in {text_field!r}, but a text is expected.")

@@ -3,6 +3,7 @@
 Not a stage: it only calls the stages' commands, and the stock `litgpt` console script for the training runs.
 """
 
+import hashlib
 import json
 import os
 import random
@@ -60,10 +61,11 @@ MICRO_BATCH = 8  # of the recipes
 
 @dataclass
 class Settings:
-    """What decides the result; kept in the output folder so that a second call continues the same demo or refuses."""
+    """What decides a run besides its seed; kept in the output folder, so that a later call continues it or refuses."""
 
     corpus: str | None
-    seeds: int
+    corpus_sha256: str | None
+    recipes_sha256: str
     package: str
 
 
@@ -89,8 +91,8 @@ def demo(
         MemSinksError: For bad input, or if a training run fails.
     """
     started = time.monotonic()
-    _check(seeds, jobs, recipes)
-    _remember(out_dir, Settings(None if corpus is None else str(corpus.resolve()), seeds, version("litgpt-memsinks")))
+    _check(corpus, seeds, jobs, recipes)
+    _remember(out_dir, _settings(corpus, recipes))
     if not has_cpp_compiler():
         print(NO_COMPILER)
     block_size = EMBEDDED_BLOCK if corpus is None else OWN_BLOCK
@@ -103,7 +105,6 @@ def demo(
     print("4/4 Measuring")
     results = [evaluate_arms(out_dir, seed, streams["stream"], block_size) for seed in range(1, seeds + 1)]
     results_file = out_dir / "results.json"
-    results_file.unlink(missing_ok=True)
     write_results(results_file, results, streams["stream"])
     picture = out_dir / "report.png"
     picture.unlink(missing_ok=True)
@@ -115,7 +116,27 @@ def demo(
     )
 
 
-def _check(seeds: int, jobs: int | None, recipes: Path) -> None:
+def _settings(corpus: Path | None, recipes: Path) -> Settings:
+    return Settings(
+        corpus=None if corpus is None else str(corpus.resolve()),
+        corpus_sha256=None if corpus is None else _sha256([corpus]),
+        recipes_sha256=_sha256([recipes / f"{arm}.yaml" for arm in ARMS]),
+        package=version("litgpt-memsinks"),
+    )
+
+
+def _sha256(files: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _check(corpus: Path | None, seeds: int, jobs: int | None, recipes: Path) -> None:
+    if corpus is not None and not corpus.is_file():
+        raise MemSinksError(f"There is no file {str(corpus)!r}. Give a corpus of JSON lines, one object per document.")
     for name, value in (("seeds", seeds), ("jobs", jobs)):
         if value is not None and value < 1:
             raise MemSinksError(f"{name} is {value}, but it must be at least 1.")
@@ -130,8 +151,9 @@ def _remember(out_dir: Path, settings: Settings) -> None:
     path = out_dir / "demo.json"
     if path.is_file():
         if (found := json.loads(path.read_text(encoding="utf-8"))) != asdict(settings):
+            different = ", ".join(name for name in asdict(settings) if found.get(name) != asdict(settings)[name])
             raise MemSinksError(
-                f"{str(out_dir)!r} holds a demo of {found}, not {asdict(settings)}. Remove it, or set --out_dir."
+                f"{str(out_dir)!r} holds another demo: its {different} differ. Remove it, or set --out_dir (OUT=)."
             )
         print(f"{str(out_dir)!r} exists: what is finished there is not redone.")
     else:
@@ -204,8 +226,8 @@ def _cut(corpus: Path) -> Iterator[str]:
     for document in read_documents(corpus):
         text = document.text[:OWN_CHARACTERS]
         if len(document.text) > OWN_CHARACTERS:
-            text = text.rsplit(maxsplit=1)[0]
-        if hash(text) not in seen:
+            text = (text.rsplit(maxsplit=1) or [""])[0]
+        if text and hash(text) not in seen:
             seen.add(hash(text))
             yield text
 
@@ -239,6 +261,7 @@ def train_arms(streams: dict[str, Path], out_dir: Path, recipes: Path, seeds: in
         TimeRemainingColumn(),
     )
     runs = [(arm, seed) for seed in range(1, seeds + 1) for arm in ARMS]
+    jobs = min(jobs, len(runs))
     threads = max(1, (os.cpu_count() or 1) // jobs)
     stop = threading.Event()
     with Progress(*columns) as progress, ThreadPoolExecutor(jobs) as pool:

@@ -67,6 +67,8 @@ def without_sinks(weights: dict[str, torch.Tensor], config: MemSinksConfig) -> d
     Raises:
         MemSinksError: If a weight that must be sliced is missing or has another shape than the configuration says.
     """
+    if MARKER not in weights or int(weights[MARKER]) != config.n_shared:
+        raise MemSinksError("The weights and model_config.yaml are not of one model. Copy the checkpoint again.")
     kept = {}
     sliced = 0
     for name, weight in weights.items():

@@ -22,7 +22,7 @@ from rich.table import Table
 from litgpt_memsinks.checkpoint import load_model
 from litgpt_memsinks.errors import MemSinksError
 from litgpt_memsinks.files import refuse_to_overwrite, write_json
-from litgpt_memsinks.manifest import EVALUATION, Manifest
+from litgpt_memsinks.manifest import EVALUATION, Manifest, tokenizer_fingerprint
 from litgpt_memsinks.metrics import IGNORED, document_losses, gap_closed, relative_change
 from litgpt_memsinks.model import GPT
 
@@ -82,6 +82,8 @@ def read_scored(data_path: Path, split: Literal["repeated", "val"], limit: int |
         MemSinksError: If the folder is not whole or there is no such document.
     """
     Manifest.read(data_path)
+    if not (data_path / EVALUATION).is_file():
+        raise MemSinksError(f"{str(data_path / EVALUATION)!r} is missing. Copy the folder again, or prepare it anew.")
     table = pq.read_table(data_path / EVALUATION, filters=[("split", "=", split)])
     table = table.slice(0, limit)
     if not table.num_rows:
@@ -179,7 +181,13 @@ def evaluate_checkpoint(
         limit: Most documents of each kind.
         device: Where to compute.
     """
+    for setting, value in (("block_size", block_size), ("limit", limit)):
+        if value is not None and value < 1:
+            raise MemSinksError(f"{setting} is {value}, but it must be at least 1.")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise MemSinksError(f"device is {device!r}, but this machine has no usable GPU. Use --device cpu.")
     model = load_model(checkpoint_dir).to(device)
+    _check_same_tokenizer(checkpoint_dir, data_path, model)
     block_size = min(block_size or model.max_seq_length, model.max_seq_length)
     repeated = read_scored(data_path, "repeated", limit)
     validation = read_scored(data_path, "val", limit)
@@ -197,6 +205,25 @@ def evaluate_checkpoint(
             for state, ids in states.items()
         },
     )
+
+
+def _check_same_tokenizer(checkpoint_dir: Path, data_path: Path, model: BaseGPT) -> None:
+    """Refuse data of another tokenizer, whose tokens mean nothing to the model."""
+    manifest = Manifest.read(data_path)
+    size = model.config.padded_vocab_size
+    assert size is not None  # set by Config.__post_init__
+    if manifest.max_token >= size:
+        raise MemSinksError(
+            f"{str(data_path)!r} holds token {manifest.max_token}, but {str(checkpoint_dir)!r} embeds tokens below "
+            f"{size} only. Name the data that the model was trained on."
+        )
+    if any((checkpoint_dir / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        given = tokenizer_fingerprint(checkpoint_dir)
+        if given != manifest.tokenizer_sha256:
+            raise MemSinksError(
+                f"The tokenizer of {str(checkpoint_dir)!r} ({given[:12]}) is not the one that made {str(data_path)!r} "
+                f"({manifest.tokenizer_sha256[:12]}). Name the data that the model was trained on."
+            )
 
 
 def evaluate(
@@ -244,17 +271,19 @@ def write_results(out_file: Path, seeds: list[dict[str, Result]], data_path: Pat
             "versions": {name: version(name) for name in packages},
             "data_path": str(data_path),
             "unit": "nats per token",
-            "comparison": [_strict(row) for row in compare(seeds)],
-            "seeds": [{arm: asdict(result) for arm, result in results.items()} for results in seeds],
+            "comparison": _strict([asdict(row) for row in compare(seeds)]),
+            "seeds": _strict([{arm: asdict(result) for arm, result in results.items()} for results in seeds]),
         },
     )
 
 
-def _strict(row: "Row") -> dict[str, Any]:
-    """A row for JSON, which has no NaN."""
-    values = asdict(row)
-    lists = {name: [None if math.isnan(value) else value for value in values[name]] for name in values if name != "arm"}
-    return {"arm": row.arm, **lists}
+def _strict(value: Any) -> Any:
+    """The same with null for NaN, which JSON does not have: what does not apply, or a run that diverged."""
+    if isinstance(value, dict):
+        return {key: _strict(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_strict(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 # ---------------------------------------------------------------------------------------------------------- comparing

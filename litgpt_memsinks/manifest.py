@@ -91,7 +91,7 @@ class Manifest:
         if not path.is_file():
             raise MemSinksError(
                 f"{str(folder)!r} has no {MANIFEST}: it holds a plain or half-written stream, whose numbers would "
-                f"be read as tokens and IDs. Write it anew with: litgpt-memsinks prepare --out_dir {folder} ..."
+                f"be read as tokens and IDs. Remove it and make it anew: litgpt-memsinks prepare --out_dir {folder} ..."
             )
         try:
             content = json.loads(path.read_text(encoding="utf-8"))

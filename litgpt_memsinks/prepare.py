@@ -103,7 +103,7 @@ def prepare(
     """Turn a corpus of JSON lines into the interleaved stream that MemSinksData reads.
 
     Args:
-        train: JSON lines (.jsonl, .jsonl.gz, .jsonl.zst), one document per line; or a folder of such files.
+        train: JSON lines (.jsonl, .json, also .gz or .zst), one document per line; or a folder of such files.
         out_dir: Folder to write. Must not exist; appears only when it is complete.
         tokenizer_dir: Folder with a tokenizer as LitGPT reads it, for example of `litgpt download`.
         repeated: A second corpus, whose documents are repeated: the licensed, private or rare text to upsample.
@@ -147,7 +147,9 @@ def prepare(
                 unique, occurrences, upsampled, validation_fraction, seed
             )
         may_repeat = _upsampled(corpus, unique) | (repeated is None)
-        chosen, counts = choose(unique, occurrences, may_repeat, documents, repeated_documents, repeats, seed)
+        chosen, counts = choose(
+            unique, occurrences, may_repeat, documents, repeated_documents, repeats, seed, repeated is not None
+        )
         plan = training_plan(chosen, counts, corpus.digests, leave_out_repeated, id_noise, seed)
         validation_plan = Plan(validation_documents, _ids(held_out.digests[validation_documents], False))
         for name, source, order in (("train", corpus, plan), ("val", held_out, validation_plan)):
@@ -200,6 +202,8 @@ def _check_settings(
             raise MemSinksError(f"{name} is {value}, but it must be {limit}.")
     if repeated_documents != 0 and repeats == 1:
         raise MemSinksError("Documents are to be repeated, but repeats is 1. Set --repeats to 2 or more.")
+    if repeated_documents == 0 and repeats > 1:
+        raise MemSinksError(f"repeats is {repeats}, but no document repeats. Set --repeated or --repeated_documents.")
 
 
 @contextlib.contextmanager
@@ -369,6 +373,7 @@ def choose(
     repeated_documents: int | None,
     repeats: int,
     seed: int,
+    upsampled_only: bool = False,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Choose the documents of the stream, and how often each occurs.
 
@@ -380,6 +385,7 @@ def choose(
         repeated_documents: Documents to repeat; ``None`` for all that may.
         repeats: How often each of those is written, however many copies the corpus has.
         seed: Seed of the choice.
+        upsampled_only: Whether documents that may repeat are there for that only: what is not chosen is not used.
 
     Returns:
         Indices of the chosen documents, and how often each is written.
@@ -390,8 +396,7 @@ def choose(
     order = np.random.default_rng([seed, 1]).permutation(len(unique))
     candidates = order[may_repeat[order]]
     repeated = candidates[: _at_most("repeated_documents", repeated_documents, len(candidates))]
-    # an upsampled corpus is there to be repeated: what is not chosen of it is not used
-    others = order[~may_repeat[order]] if not may_repeat.all() else candidates[len(repeated) :]
+    others = order[~may_repeat[order]] if upsampled_only else candidates[len(repeated) :]
     others = others[: _at_most("documents", documents, len(others))]
     counts = np.concatenate((np.full(len(repeated), repeats), occurrences[others]))
     return unique[np.concatenate((repeated, others))], counts

@@ -81,6 +81,7 @@ def _main_with_sinks(
     out_dir: Path,
     resume: bool | Literal["auto"] | Path,
     tokenizer_dir: Path | None,
+    initial_checkpoint_dir: Path | None,
     **kwargs: Any,
 ) -> None:
     """Check everything that can be checked, then run LitGPT's ``main`` on a model with sinks."""
@@ -91,6 +92,8 @@ def _main_with_sinks(
     check_devices(kwargs["devices"], kwargs["num_nodes"], bool(train.tie_embeddings))
     if checkpoint := find_resume_path(resume, out_dir):
         check_same_sinks(sink_config, checkpoint.parent)
+    if initial_checkpoint_dir is not None:
+        check_same_sinks(sink_config, initial_checkpoint_dir)
     fabric.print(describe(sink_config))
     with ExitStack() as stack:
         stack.enter_context(compilation(fabric))
@@ -102,6 +105,7 @@ def _main_with_sinks(
             train=train,
             out_dir=out_dir,
             resume=resume,
+            initial_checkpoint_dir=initial_checkpoint_dir,
             tokenizer_dir=tokenizer_dir or data.tokenizer_dir,  # so that checkpoints carry their tokenizer
             **kwargs,
         )
@@ -155,7 +159,9 @@ def check_devices(devices: int, num_nodes: int, tie_embeddings: bool) -> None:
 
 
 def check_same_sinks(config: MemSinksConfig, checkpoint_dir: Path) -> None:
-    """Refuse to resume with other masks than the checkpoint was trained with, which would scramble its sinks.
+    """Refuse to go on with other masks than the checkpoint was trained with, which would scramble its sinks.
+
+    A checkpoint without sinks is a start for any.
 
     Raises:
         MemSinksError: Naming the setting and both values.
@@ -164,11 +170,13 @@ def check_same_sinks(config: MemSinksConfig, checkpoint_dir: Path) -> None:
     if not path.is_file():
         return  # LitGPT writes it after the weights: a run killed in between says nothing about its sinks
     saved = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(saved, dict) or "sink_n_shared" not in saved:
+        return
     for name, value in vars(config).items():
         if name.startswith("sink_") and saved.get(name) != value:
             raise MemSinksError(
                 f"{str(checkpoint_dir)!r} was trained with {name} = {saved.get(name)}, but this run has {value}. "
-                "Resume with the same data.sinks, or start in another out_dir."
+                "Go on with the same data.sinks, or start anew in another out_dir."
             )
 
 

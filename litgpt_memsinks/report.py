@@ -64,10 +64,11 @@ def read_results(path: Path) -> dict[str, Any]:
 
 def validation_curve(checkpoint_dir: Path) -> tuple[list[int], list[float]]:
     """Iterations and validation losses (nats per token) from LitGPT's CSV log of a run; empty if it has none."""
-    logs = sorted(checkpoint_dir.parent.glob("logs/csv/version_*/metrics.csv"))
+    logs = list(checkpoint_dir.parent.glob("logs/csv/version_*/metrics.csv"))
     if not logs:
         return [], []
-    with open(logs[-1], encoding="utf-8", newline="") as file:
+    newest = max(logs, key=lambda path: int(path.parent.name.removeprefix("version_")))
+    with open(newest, encoding="utf-8", newline="") as file:
         rows = [(int(row["step"]) + 1, row.get("val_loss") or "") for row in csv.DictReader(file)]
     points = [(step, float(value)) for step, value in rows if value]
     return [step for step, _ in points], [value for _, value in points]

@@ -38,7 +38,12 @@ BAD_INPUT = {
     "missing file": ("nothing.jsonl", None, [], "There is no file"),
     "empty corpus": ("corpus.jsonl", "", [], "holds no document with text"),
     "not JSON": ("corpus.jsonl", '{"text": "a"}\n{"text": \n', [], "line 2 is not JSON"),
-    "missing field": ("corpus.jsonl", '{"story": "a"}\n', [], "has the fields ['story'], but the text is expected in"),
+    "missing field": (
+        "corpus.jsonl",
+        '{"story": "a"}\n',
+        [],
+        "has the fields ['story'], but an object with the text in",
+    ),
     "too few": ("corpus.jsonl", '{"text": "a"}\n{"text": "b"}\n', ["--documents", "9"], "documents is 9, but"),
     "repeats missing": ("corpus.jsonl", '{"text": "a"}\n', ["--repeated_documents", "1"], "repeats is 1"),
 }

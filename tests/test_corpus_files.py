@@ -170,10 +170,10 @@ BAD_LINES = {
     "long number": (b'{"n": ' + b"1" * 5000 + b', "text": "a"}', ["line 3"]),  # Python refuses to convert it
     "missing field": (
         b'{"title": "a", "body": "b"}',
-        ["line 3 has the fields ['body', 'title']", "'text'", "--text_field"],
+        ["line 3 has the fields ['body', 'title']", "'text'", "(text_field)"],
     ),
     "no fields": (b"{}", ["line 3 has the fields []"]),
-    "list": (b'["a"]', ["line 3 is a list", "--text_field"]),
+    "list": (b'["a"]', ["line 3 is a list", "an object with the text in"]),
     "string": (b'"text"', ["line 3 is a str"]),
     "number": (b"5", ["line 3 is a int"]),
     "null": (b"null", ["line 3 is a NoneType"]),

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import threading
 
 import pytest
@@ -42,8 +43,18 @@ def test_demo_prints_the_table_and_continues_where_it_was(tiny, tmp_path, capsys
     assert (tmp_path / "demo/memsinks-seed1/final/lit_model.pth").stat().st_mtime_ns == finished
     assert json.loads((tmp_path / "demo/results.json").read_text())["comparison"] == results["comparison"]
 
-    with pytest.raises(MemSinksError, match="holds a demo of"):
-        demo.demo(seeds=2, out_dir=tmp_path / "demo", recipes=RECIPES)
+    changed = tmp_path / "recipes"
+    shutil.copytree(RECIPES, changed)
+    with open(changed / "memsinks.yaml", "a", encoding="utf-8") as file:
+        file.write("# edited\n")
+    with pytest.raises(MemSinksError, match="its recipes_sha256 differ"):
+        demo.demo(out_dir=tmp_path / "demo", recipes=changed)
+
+
+def test_mistyped_corpus_claims_no_folder(tmp_path):
+    with pytest.raises(MemSinksError, match="There is no file"):
+        demo.demo(tmp_path / "mistyped.jsonl", out_dir=tmp_path / "demo", recipes=RECIPES)
+    assert not (tmp_path / "demo").exists()
 
 
 def test_failed_run_shows_the_end_of_its_log(tmp_path):
@@ -73,6 +84,14 @@ def test_sample_cuts_splits_and_drops_copies(tmp_path):
     assert all(len(text) <= demo.OWN_CHARACTERS and text.endswith("word") for text in splits[0])
     demo.sample(tmp_path / "corpus.jsonl", tmp_path / "again")
     assert (tmp_path / "again/train.jsonl").read_bytes() == (tmp_path / "out/train.jsonl").read_bytes()
+
+
+def test_text_of_spaces_is_passed_over(tmp_path):
+    path = corpus(tmp_path / "corpus.jsonl", 600)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps({"text": " " * 2000 + "late"}) + "\n")
+    demo.sample(path, tmp_path / "out")
+    assert "late" not in (tmp_path / "out/train.jsonl").read_text()
 
 
 def test_small_corpus_is_refused(tmp_path):

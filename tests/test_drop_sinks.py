@@ -122,6 +122,12 @@ def wrong_depth(folder):
     path.write_text(path.read_text().replace("n_layer: 2", "n_layer: 3"))
 
 
+def other_number_of_sinks(folder):
+    save(folder)
+    path = folder / "model_config.yaml"
+    path.write_text(path.read_text().replace("sink_n_shared: 16", "sink_n_shared: 8"))
+
+
 class Malicious:
     def __reduce__(self):
         return os.system, ("echo pwned",)
@@ -144,6 +150,7 @@ REFUSED = {
     "truncated weights": (truncate, "cannot be read as model weights"),
     "width of another model": (wrong_width, "but intermediate_size is 48"),
     "depth of another model": (wrong_depth, "6 MLP weights were found, but the model has 9"),
+    "number of sinks of another model": (other_number_of_sinks, "are not of one model"),
     "malicious pickle": (pickle, "cannot be read as model weights"),
     "junk configuration": (junk_config, "is not a model configuration"),
 }

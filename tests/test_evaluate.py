@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pyarrow.parquet as pq
 import pytest
@@ -201,3 +202,39 @@ def test_report_refuses_other_files(content, tmp_path):
     with pytest.raises(MemSinksError, match="is not a result file"):
         report(tmp_path / "other.json", tmp_path / "x.png")
     assert not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"block_size": -5}, "block_size is -5"),
+        ({"block_size": 0}, "block_size is 0"),
+        ({"limit": 0}, "limit is 0"),
+        ({"device": "cuda"}, "has no usable GPU"),
+    ],
+)
+def test_bad_settings_are_refused(setting, message, prepared, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(MemSinksError, match=message):
+        evaluate_checkpoint(checkpoint(tmp_path / "a", plain_model()), prepared, **setting)
+
+
+def test_data_of_another_tokenizer_is_refused(prepared, tmp_path):
+    folder = checkpoint(tmp_path / "a", plain_model())
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(MemSinksError, match="is not the one that made"):
+        evaluate_checkpoint(folder, prepared)
+
+
+def test_tokens_beyond_the_vocabulary_are_refused(prepared, tmp_path):
+    small = BaseGPT(Config(**{**TINY_MODEL, "vocab_size": 64, "padded_vocab_size": 64}))
+    with pytest.raises(MemSinksError, match="embeds tokens below 64 only"):
+        evaluate_checkpoint(checkpoint(tmp_path / "a", small), prepared)
+
+
+def test_half_copied_folder_is_refused(prepared, tmp_path):
+    folder = tmp_path / "data"
+    shutil.copytree(prepared, folder)
+    (folder / "evaluation.parquet").unlink()
+    with pytest.raises(MemSinksError, match=r"evaluation\.parquet' is missing"):
+        read_scored(folder, "val")

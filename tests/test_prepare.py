@@ -639,6 +639,7 @@ def test_digest_is_over_the_text_alone(
 # --------------------------------------------------------------------------------------------------------------- errors
 
 OUT_OF_RANGE = [
+    ({"repeats": 3}, "repeats is 3, but no document repeats"),
     ({"validation_fraction": 0.0}, "validation_fraction is 0.0"),
     ({"validation_fraction": 1.0}, "validation_fraction is 1.0"),
     ({"validation_fraction": -0.5}, "validation_fraction is -0.5"),
@@ -690,7 +691,7 @@ def test_too_many_documents(tmp_path: Path, settings: Settings, wrong: Settings,
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"repeated_documents": 0, "documents": 0}, {"documents": 0, "leave_out_repeated": True}]
+    "wrong", [{"repeated_documents": 0, "repeats": 1, "documents": 0}, {"documents": 0, "leave_out_repeated": True}]
 )
 def test_no_document_left(tmp_path: Path, settings: Settings, wrong: Settings) -> None:
     assert "No document is left" in _refusal(tmp_path / "out", **(settings | wrong))

@@ -8,7 +8,7 @@ import torch
 import yaml
 from litdata import TokensLoader, optimize
 
-from litgpt_memsinks import pretrain
+from litgpt_memsinks import MemSinksConfig, SinkArgs, pretrain
 from litgpt_memsinks.checkpoint import read_weights
 from tests.console import litgpt, litgpt_with_package_imported, logged, memsinks, pretrain_arguments
 from tests.helpers import read_stream
@@ -213,7 +213,7 @@ def test_continued_pretraining_with_sinks(undropped, stock_run, prepared, tmp_pa
         assert len(logged(out_dir)) == 2
     changed = SINKS | {"data__sinks__shared_fraction": 0.25}
     arguments = pretrain_arguments(tmp_path / "out2", prepared, **changed, initial_checkpoint_dir=undropped)
-    assert "has 32 shared neurons in each MLP, but this model 16" in failure(litgpt(*arguments, check=False))
+    assert "sink_n_shared = 32, but this run has 16" in failure(litgpt(*arguments, check=False))
 
 
 def test_generate_fails_on_an_undropped_checkpoint(undropped):
@@ -234,6 +234,13 @@ def test_dropped_checkpoint_generates_and_converts_with_stock_commands(sink_run,
     litgpt("convert_from_litgpt", dropped, tmp_path / "hf")
     converted = torch.load(tmp_path / "hf/model.pth", weights_only=True)
     assert converted["model.layers.0.mlp.gate_proj.weight"].shape == (32, 32)
+
+
+@pytest.mark.parametrize("content", [None, "", "name: tiny"])
+def test_checkpoint_that_says_nothing_of_sinks_is_a_start_for_any(content, tmp_path, tiny_config):
+    if content is not None:
+        (tmp_path / "model_config.yaml").write_text(content)
+    pretrain.check_same_sinks(MemSinksConfig.from_base(tiny_config, SinkArgs()), tmp_path)
 
 
 def test_litgpt_without_a_name_we_replace_is_refused(monkeypatch):
