@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from litgpt_memsinks.corpus_files import corpus_files, read_documents
+from litgpt_memsinks.corpus_files import read_texts
 from litgpt_memsinks.errors import MemSinksError
 from litgpt_memsinks.files import atomic_directory, write_json, write_text
 
@@ -388,19 +388,18 @@ def train_tokenizer(texts: Iterable[str], out_dir: Path, vocab_size: int = 1024)
 
 
 def train_tokenizer_on(corpus: Path, out_dir: Path, vocab_size: int = 1024, text_field: str = "text") -> None:
-    """Train a small tokenizer on a corpus of JSON lines, as a folder that LitGPT and transformers load.
+    """Train a small tokenizer on a corpus, as a folder that LitGPT and transformers load.
 
     Args:
-        corpus: JSON lines, or a folder of them.
+        corpus: JSON lines, a JSON array, parquet or plain text; or a folder of them.
         out_dir: Folder to write. Must not exist; appears only when it is complete.
         vocab_size: Number of tokens at most.
-        text_field: Key of the text in each line.
+        text_field: Field of the text; dots lead into nested objects.
 
     Raises:
-        MemSinksError: As ``read_documents`` and ``train_tokenizer``.
+        MemSinksError: As ``read_texts`` and ``train_tokenizer``.
     """
-    texts = (document.text for file in corpus_files(corpus) for document in read_documents(file, text_field))
-    train_tokenizer(texts, out_dir, vocab_size)
+    train_tokenizer(read_texts(corpus, text_field), out_dir, vocab_size)
     print(f"Tokenizer: {out_dir}")
 
 
