@@ -1,16 +1,35 @@
 """Memorization Sinks for LitGPT: pretrain on repeated text, then drop what was memorised of it.
 
-Importing the package registers its models with LitGPT and puts a dispatcher in front of ``litgpt.pretrain.main``
-(`pretrain.py`). Runs whose data is not ``MemSinksData`` are untouched.
+Importing the package imports neither LitGPT nor PyTorch. When LitGPT is imported, ``litgpt.config`` learns our models
+and a dispatcher is put in front of ``litgpt.pretrain.main`` (`plugin.py`). Runs whose data is not ``MemSinksData`` are
+untouched.
 """
 
-from litgpt_memsinks.config import MemSinksConfig, SinkArgs, register_models
-from litgpt_memsinks.data import MemSinksData
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from litgpt_memsinks.errors import MemSinksError
-from litgpt_memsinks.pretrain import install
+from litgpt_memsinks.plugin import wait
 from litgpt_memsinks.version import __version__
 
 __all__ = ["MemSinksConfig", "MemSinksData", "MemSinksError", "SinkArgs", "__version__"]
 
-register_models()
-install()
+if TYPE_CHECKING:
+    from litgpt_memsinks.config import MemSinksConfig, SinkArgs
+    from litgpt_memsinks.data import MemSinksData
+else:  # to a type checker, __getattr__ would stand for any name
+    LAZY = {"MemSinksConfig": "config", "MemSinksData": "data", "SinkArgs": "config"}
+
+    def __getattr__(name):
+        """Import a public name at its first use (PEP 562)."""
+        if name not in LAZY:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        import_module("litgpt_memsinks.pretrain")  # or its error, of which `plugin.py` would only warn
+        return getattr(import_module(f"litgpt_memsinks.{LAZY[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+wait()

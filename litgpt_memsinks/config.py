@@ -298,3 +298,6 @@ def register_models() -> None:
     """Add our models to LitGPT's registry, where ``litgpt pretrain --model_name`` finds them. Idempotent."""
     for config in _registered_models():
         litgpt.config.name_to_config[config["name"]] = config
+
+
+register_models()

@@ -1,9 +1,9 @@
-"""How does ``litgpt pretrain`` find us? A dispatcher in front of ``litgpt.pretrain.main``.
+"""How does ``litgpt pretrain`` train with sinks? A dispatcher in front of ``litgpt.pretrain.main``.
 
-LitGPT has no plugin entry points, but its command line imports ``data.class_path: litgpt_memsinks.MemSinksData`` while
-it parses a recipe. Importing the package replaces one attribute for good, ``litgpt.pretrain.main``. A run whose data is
-``MemSinksData`` gets LitGPT's own ``main`` with two of the names it uses swapped while it runs; any other run gets
-LitGPT's own ``main``, untouched.
+This module is imported right after ``litgpt.pretrain`` (`plugin.py`), or with the first use of one of our names, as in
+``data.class_path: litgpt_memsinks.MemSinksData``. That replaces one attribute for good, ``litgpt.pretrain.main``. A run
+whose data is ``MemSinksData`` gets LitGPT's own ``main`` with two of the names it uses swapped while it runs; any other
+run gets LitGPT's own ``main``, untouched.
 """
 
 import shutil
@@ -21,14 +21,13 @@ import torch
 import yaml
 from litgpt.config import Config
 from litgpt.data import DataModule
+from litgpt.pretrain import main as base_main
 from litgpt.utils import chunked_cross_entropy, find_resume_path
 
 from litgpt_memsinks.config import SINK_DEFAULTS, MemSinksConfig
 from litgpt_memsinks.data import MemSinksData
 from litgpt_memsinks.errors import MemSinksError
 from litgpt_memsinks.model import GPT
-
-base_main = litgpt.pretrain.main
 
 NO_COMPILER = (
     "No C++ compiler was found (install g++, or set CXX): torch.compile is skipped and training runs eagerly, which is "
@@ -202,3 +201,6 @@ def has_cpp_compiler() -> bool:
 def install() -> None:
     """Put the dispatcher in front of ``litgpt.pretrain.main``. Idempotent."""
     litgpt.pretrain.main = main
+
+
+install()

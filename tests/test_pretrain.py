@@ -1,6 +1,7 @@
 """The stock ``litgpt pretrain`` in subprocesses: with sinks, without them, and without us."""
 
 import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -10,7 +11,14 @@ from litdata import TokensLoader, optimize
 
 from litgpt_memsinks import MemSinksConfig, SinkArgs, pretrain
 from litgpt_memsinks.checkpoint import read_weights
-from tests.console import litgpt, litgpt_with_package_imported, logged, memsinks, pretrain_arguments
+from tests.console import (
+    NOT_AUTOLOADED,
+    litgpt,
+    litgpt_with_package_imported,
+    logged,
+    memsinks,
+    pretrain_arguments,
+)
 from tests.helpers import read_stream
 
 
@@ -41,7 +49,7 @@ def plain(prepared, tmp_path_factory):
 def stock_run(plain, tmp_path_factory):
     """A run of stock LitGPT on the plain stream, in a process that never imports us."""
     out_dir = tmp_path_factory.mktemp("stock") / "out"
-    litgpt(*pretrain_arguments(out_dir, plain, "litgpt.data.LitData"))
+    litgpt(*pretrain_arguments(out_dir, plain, "litgpt.data.LitData"), **NOT_AUTOLOADED)
     return out_dir
 
 
@@ -56,8 +64,11 @@ def sink_run(prepared, tmp_path_factory):
 SINKS = {"data__sinks__shared_fraction": 0.5, "data__sinks__active_probability": 0.3}
 
 
-def test_stock_recipe_is_untouched_by_the_package(plain, stock_run, tmp_path):
-    litgpt_with_package_imported(*pretrain_arguments(tmp_path / "out", plain, "litgpt.data.LitData"))
+@pytest.mark.parametrize(
+    ("command", "environment"), [(litgpt, {}), (litgpt_with_package_imported, NOT_AUTOLOADED)], ids=["auto", "imported"]
+)
+def test_stock_recipe_is_untouched_by_the_package(command, environment, plain, stock_run, tmp_path):
+    command(*pretrain_arguments(tmp_path / "out", plain, "litgpt.data.LitData"), **environment)
     assert len(logged(stock_run)) == 12
     assert logged(tmp_path / "out") == logged(stock_run)
     assert logged(tmp_path / "out", "val_loss") == logged(stock_run, "val_loss")
@@ -182,10 +193,22 @@ def test_fractions_out_of_range_are_refused_while_parsing(name, prepared, tmp_pa
     assert f"sinks.{name} is 1.5, but it must be above 0 and at most 1" in result.stdout
 
 
-def test_memsinks_model_with_other_data_is_refused(plain, tmp_path):
-    arguments = pretrain_arguments(tmp_path / "out", plain, "litgpt.data.LitData", model_name="Tiny-MemSinks")
-    error = failure(litgpt_with_package_imported(*arguments, check=False))
-    assert "'Tiny-MemSinks' trains with sinks only on data with sequence IDs, but data is LitData" in error
+def test_memsinks_model_with_other_data_is_refused_in_one_line(tmp_path):
+    """The recipe does not name us, so LitGPT knows the model only because the package is found by itself."""
+    arguments = ["--out_dir", tmp_path / "out", "--precision", "32-true", "--logger_name", "csv", "--devices", 1]
+    command = ["pretrain", "SmolLM-360M-MemSinks", "--data", "LitData", *arguments]
+    result = litgpt(*command, check=False, stderr=subprocess.PIPE)
+    assert result.returncode != 0
+    (error,) = result.stderr.splitlines()
+    assert error.startswith("Error: 'SmolLM-360M-MemSinks' trains with sinks only on data with sequence IDs, but data")
+
+
+def test_recipe_without_our_package_name_trains_with_sinks(prepared, tmp_path):
+    """Short class name, registered model: neither would be known to a LitGPT that has not imported us."""
+    settings = {"model_name": "Tiny-MemSinks", "class_path": "MemSinksData", "iterations": 2}
+    result = litgpt(*pretrain_arguments(tmp_path / "out", prepared, **settings))
+    assert "192 of 384 neurons of each MLP are shared (g = 0.500)" in result.stdout
+    assert len(logged(tmp_path / "out")) == 2
 
 
 @pytest.fixture(scope="module")
