@@ -96,6 +96,6 @@ def write_json(path: Path, content: Any) -> None:
 def _fsync_tree(folder: Path) -> None:
     """Flush every file below ``folder`` to disk, so that the rename cannot become durable before the content."""
     for path in folder.rglob("*"):
-        if path.is_file():
+        if path.is_file() and path.stat().st_size:
             with open(path, "rb") as file:
                 os.fsync(file.fileno())

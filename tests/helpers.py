@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import struct
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
+from tokenizers import Tokenizer as HFTokenizer
 
 from litgpt_memsinks.prepare import prepare
 
@@ -72,3 +74,14 @@ def prepare_in_own_group(settings: dict[str, Any]) -> None:
     """Run prepare() as the leader of a process group, so that a test can kill it with its workers."""
     os.setsid()
     prepare(**settings)
+
+
+def with_bos(source: Path, folder: Path) -> Path:
+    """A copy of the tokenizer that LitGPT puts a BOS in front with."""
+    shutil.copytree(source, folder)
+    tokenizer = HFTokenizer.from_file(str(source / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<s>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = json.loads((source / "tokenizer_config.json").read_text()) | {"bos_token": "<s>", "add_bos_token": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder

@@ -1,5 +1,6 @@
 """Preparing a corpus: the stream is read back from its bytes and held against the corpus, token by token."""
 
+import errno
 import gzip
 import json
 import multiprocessing
@@ -11,10 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import litdata
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+import xxhash
 import zstandard
 from helpers import (
     Written,
@@ -26,18 +29,18 @@ from helpers import (
     reference_id,
     write_jsonl,
 )
-from hypothesis import given
-from hypothesis import strategies as st
 from litdata import StreamingDataset, TokensLoader
 from litgpt.tokenizer import Tokenizer
-from tokenizers import Tokenizer as HFTokenizer
-from tokenizers.processors import TemplateProcessing
+from tokenizers_zoo import VARIANTS, tokenizer_variant
 
-from litgpt_memsinks import prepare as prepare_module
+from litgpt_memsinks import planning, tokenizing, writing
+from litgpt_memsinks.chunks import read_chunks
 from litgpt_memsinks.corpus import stories
 from litgpt_memsinks.errors import MemSinksError
 from litgpt_memsinks.manifest import Manifest, tokenizer_fingerprint
-from litgpt_memsinks.prepare import encode, prepare
+from litgpt_memsinks.mixture import Source, ValidationSet
+from litgpt_memsinks.prepare import merge, prepare
+from litgpt_memsinks.verify import verify
 
 EOS = 0  # of the tokenizer of conftest.py
 REPEATED, REPEATS = 8, 6  # of the folder `prepared` of conftest.py
@@ -119,10 +122,10 @@ def test_ids_are_the_hash_and_whether_the_document_repeats(written: list[Written
         assert document.sequence_id == reference_id(document.tokens[:-1], counts[document.tokens] > 1)
 
 
-def test_validation_stream_is_the_file_in_its_order(prepared: Path, val_documents: list[Tokens]) -> None:
+def test_validation_stream_is_the_file_shuffled(prepared: Path, val_documents: list[Tokens]) -> None:
     stream = read_written(prepared / "val", EOS)
-    assert _tokens(stream) == val_documents
-    assert [document.sequence_id for document in stream] == [reference_id(body[:-1], False) for body in val_documents]
+    assert _tokens(stream) != val_documents
+    assert sorted(stream) == sorted(Written(reference_id(body[:-1], False), body) for body in val_documents)
 
 
 def test_litdata_reads_the_same_stream(prepared: Path) -> None:
@@ -151,27 +154,42 @@ def test_repeats_are_spread_over_the_stream(written: list[Written]) -> None:
     assert (np.diff(places) == 1).sum() < REPEATED * (REPEATS - 1) / 5
 
 
-def test_workers_chunks_and_batches_do_not_change_the_stream(
-    prepared: Path, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("num_workers", [1, 2, 3])
+def test_workers_and_batches_do_not_change_a_byte(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_workers: int
 ) -> None:
-    monkeypatch.setattr(prepare_module, "_SLICE", 64)  # else so few documents are one process's share
-    monkeypatch.setattr(prepare_module, "_BATCH", 7)
-    prepare(**settings, out_dir=tmp_path / "out", num_workers=2, chunk_bytes=40_000)
-    names = {path.name for path in (tmp_path / "out" / "train").glob("*.bin")}
-    assert {"chunk-0-1.bin", "chunk-1-1.bin"} < names  # several chunks of both workers
+    reference, out_dir = tmp_path / "reference" / "out", tmp_path / "again" / "out"
+    prepare(**settings, out_dir=reference, num_workers=1, chunk_bytes=40_000)
+    monkeypatch.setattr(tokenizing, "_BATCH_DOCUMENTS", 7)
+    monkeypatch.setattr(planning, "BUCKET_ROWS", 50)
+    monkeypatch.setattr(writing, "BUCKET_ROWS", 11)
+    prepare(**settings, out_dir=out_dir, num_workers=num_workers, chunk_bytes=40_000)
+    names = {path.name for path in (out_dir / "train").glob("*.bin")}
+    assert {f"chunk-{worker}-1.bin" for worker in range(num_workers)} < names  # several chunks of each worker
+    for split in ("train", "val"):
+        chunks = [[chunk.pairs.tolist() for chunk in read_chunks(folder / split)] for folder in (reference, out_dir)]
+        assert chunks[0] == chunks[1]
+    tables = ["documents.parquet", "evaluation.parquet"]
+    for table in tables:
+        assert pq.read_table(out_dir / table).equals(pq.read_table(reference / table))
+    first, second = (Manifest.read(folder) for folder in (reference, out_dir))
+    for manifest in (first, second):
+        for split in manifest.splits.values():
+            split.chunks = dict(enumerate(split.chunks.values()))  # files are named after the worker
+    assert first == second
+
+
+def test_chunk_size_does_not_change_the_stream(prepared: Path, settings: Settings, tmp_path: Path) -> None:
+    prepare(**settings, out_dir=tmp_path / "out", chunk_bytes=4096)  # shorter than a document
     for split in ("train", "val"):
         np.testing.assert_array_equal(read_stream(tmp_path / "out" / split), read_stream(prepared / split))
-    names = ["memsinks.json", "documents.parquet", "evaluation.parquet"]
-    assert [(tmp_path / "out" / name).read_bytes() for name in names] == [
-        (prepared / name).read_bytes() for name in names
-    ]
 
 
 def test_chunks_have_the_size_that_was_asked_for(settings: Settings, tmp_path: Path) -> None:
     prepare(**settings, out_dir=tmp_path / "out", chunk_bytes=20_000)
     sizes = [path.stat().st_size for path in (tmp_path / "out" / "train").glob("*.bin")]
     assert len(sizes) > 10
-    assert max(sizes) < 21_000
+    assert max(sizes) <= 20_000 + 12  # and the header
 
 
 def test_same_seed_same_bytes(prepared: Path, settings: Settings, tmp_path: Path) -> None:
@@ -202,7 +220,7 @@ def test_leaving_out_removes_exactly_the_repeated(
     repeated = _repeated(_tokens(written))
     assert read_written(tmp_path / "out" / "train", EOS) == [w for w in written if w.tokens not in repeated]
     manifest = Manifest.read(tmp_path / "out")
-    assert manifest.left_out
+    assert manifest.recipe["leave_out_repeated"]
     assert manifest.splits["train"].repeated_documents == manifest.splits["train"].repeated_tokens == 0
     # evaluation needs the documents all the same: this is the baseline that never saw them
     assert (tmp_path / "out" / "evaluation.parquet").read_bytes() == (prepared / "evaluation.parquet").read_bytes()
@@ -216,7 +234,7 @@ def test_noise_changes_only_ids_of_the_repeated(written: list[Written], settings
     assert len(changed) == REPEATED * REPEATS
     assert all(id_ < 0 for id_ in changed)
     assert len(set(changed)) == len(changed)  # drawn anew for each copy
-    assert Manifest.read(tmp_path / "out").id_noise == 1.0
+    assert Manifest.read(tmp_path / "out").recipe["id_noise"] == 1.0
 
 
 def test_some_noise_changes_some_ids(written: list[Written], settings: Settings, tmp_path: Path) -> None:
@@ -284,13 +302,17 @@ def test_repeated_corpus(
     counts = two(texts[:15], texts[15:], repeats=4)
     assert counts == {stock_encode(text): 1 + 3 * (i >= 15) for i, text in enumerate(texts)}
     manifest = Manifest.read(tmp_path / "out")
-    assert manifest.sources == ["train.jsonl", "licensed.jsonl", "val.jsonl"]
+    assert {name: source.written for name, source in manifest.sources.items()} == {
+        "repeated": 20,
+        "train": 15,
+        "validation": 3,
+    }
     assert manifest.splits["train"].repeated_documents == 5
     rows = pq.read_table(tmp_path / "out" / "documents.parquet").to_pylist()
-    assert {(row["source"], row["line"], row["repeats"]) for row in rows} == {
-        *(("train.jsonl", line, 1) for line in range(1, 16)),
-        *(("licensed.jsonl", line, 4) for line in range(1, 6)),
-        *(("val.jsonl", line, 1) for line in range(1, 4)),
+    assert {(row["source"], Path(row["file"]).name, row["line"], row["repeats"]) for row in rows} == {
+        *(("train", "train.jsonl", line, 1) for line in range(1, 16)),
+        *(("repeated", "licensed.jsonl", line, 4) for line in range(1, 6)),
+        *(("validation", "val.jsonl", line, 1) for line in range(1, 4)),
     }
 
 
@@ -309,12 +331,12 @@ def test_document_in_both_corpora_is_repeated(
     counts = two(texts[:10], texts[8:], repeats=4)  # two are in both
     repeated = {stock_encode(text) for text in texts[8:]}
     assert _repeated(list(counts.elements())) == repeated
-    assert min(counts[tokens] for tokens in repeated) >= 4
+    assert {counts[tokens] for tokens in repeated} == {4}  # exactly, the copy in the other corpus is not added
 
 
 def test_too_many_of_a_repeated_corpus(two: Callable[..., Counter[Tokens]]) -> None:
     texts = list(stories(12))
-    with pytest.raises(MemSinksError, match="repeated_documents is 3, but the corpus has only 2 distinct"):
+    with pytest.raises(MemSinksError, match=r"sources\.repeated\.documents is 3, but only 2 distinct"):
         two(texts[:10], texts[10:], repeats=4, repeated_documents=3)
 
 
@@ -331,13 +353,14 @@ def test_folder_is_read_in_the_order_of_its_names(
     (folder / "b").mkdir(parents=True)
     (folder / "b" / "part.jsonl.gz").write_bytes(gzip.compress(b"".join(lines[200:])))
     (folder / "a.jsonl.zst").write_bytes(zstandard.compress(b"".join(lines[:200])))
-    (folder / "README.md").write_text("no corpus")
+    (folder / "README.rst").write_text("no corpus")
     prepare(**(settings | {"train": folder}), out_dir=tmp_path / "out")
     np.testing.assert_array_equal(read_stream(tmp_path / "out" / "train"), read_stream(prepared / "train"))
     rows = pq.read_table(tmp_path / "out" / "documents.parquet").to_pylist()
-    places = {(row["source"], row["line"]) for row in rows if row["split"] == "train"}
-    assert places == {*(("a.jsonl.zst", i) for i in range(1, 201)), *(("part.jsonl.gz", i) for i in range(1, 101))}
-    assert Manifest.read(tmp_path / "out").sources == ["a.jsonl.zst", "part.jsonl.gz", "validation.jsonl"]
+    places = [(Path(row["file"]).name, row["line"]) for row in rows if row["split"] == "train"]
+    assert places == [*(("a.jsonl.zst", i) for i in range(1, 201)), *(("part.jsonl.gz", i) for i in range(1, 101))]
+    source = Manifest.read(tmp_path / "out").sources["train"]
+    assert (source.files, source.format, source.read) == (2, ["jsonl.gz", "jsonl.zst"], 300)
 
 
 # ----------------------------------------------------------------------------------------------------------- validation
@@ -348,17 +371,16 @@ def test_validation_overlap_is_dropped_and_counted(tmp_path: Path, tokenizer_dir
     train = write_jsonl(tmp_path / "train.jsonl", texts[:8])
     validation = write_jsonl(tmp_path / "val.jsonl", [texts[9], texts[2], texts[8], texts[5], texts[10]])
     manifest = prepare(train=train, validation=validation, tokenizer_dir=tokenizer_dir, out_dir=tmp_path / "out")
-    assert manifest.validation_overlap == 2
+    assert manifest.sources["validation"].overlap == 2
     tokenizer = Tokenizer(tokenizer_dir)
     expected = [tuple(tokenizer.encode(texts[i], eos=True).tolist()) for i in (9, 8, 10)]
-    assert _tokens(read_written(tmp_path / "out" / "val", EOS)) == expected
-    assert manifest.splits["val"].documents == 3
-    assert manifest.sources == ["train.jsonl", "val.jsonl"]
+    assert sorted(_tokens(read_written(tmp_path / "out" / "val", EOS))) == sorted(expected)
+    assert manifest.splits["val"].documents == manifest.sources["validation"].documents == 3
 
 
 def test_validation_within_training_is_refused(tmp_path: Path, tokenizer_dir: Path) -> None:
     train = write_jsonl(tmp_path / "train.jsonl", stories(8))
-    with pytest.raises(MemSinksError, match="Every validation document is in the training corpus"):
+    with pytest.raises(MemSinksError, match=r"Every validation document of validation\.validation is in the training"):
         prepare(train=train, validation=train, tokenizer_dir=tokenizer_dir, out_dir=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -388,41 +410,79 @@ def test_split_is_chosen_by_the_seed(small: Callable[..., Path]) -> None:
 # ------------------------------------------------------------------------------------------------- manifest and tables
 
 
-def test_manifest_counts_equal_the_stream(prepared: Path, written: list[Written], tokenizer_dir: Path) -> None:
+def test_manifest_counts_equal_the_stream(
+    prepared: Path, written: list[Written], tokenizer_dir: Path, corpus_dir: Path
+) -> None:
     content = json.loads((prepared / "memsinks.json").read_text())
     counts = Counter(_tokens(written))
     val = read_written(prepared / "val", EOS)
     streams = [read_stream(prepared / split) for split in ("train", "val")]
+    splits = content.pop("splits")
+    for name, stream in zip(("train", "val"), streams, strict=True):
+        assert splits[name].pop("digest") == xxhash.xxh3_128(stream.astype("<i4").tobytes()).hexdigest()
+        files = (prepared / name).glob("*.bin")
+        assert splits[name].pop("chunks") == {
+            path.name: xxhash.xxh3_128(path.read_bytes()).hexdigest() for path in files
+        }
+    repeated = sum(len(tokens) * count for tokens, count in counts.items() if count > 1)
+    assert splits == {
+        "train": {
+            "documents": len(counts),
+            "written": len(written),
+            "tokens": len(streams[0]) // 2,
+            "repeated_documents": sum(count > 1 for count in counts.values()),
+            "repeated_tokens": repeated,
+        },
+        "val": {
+            "documents": len(set(val)),
+            "written": len(val),
+            "tokens": len(streams[1]) // 2,
+            "repeated_documents": 0,
+            "repeated_tokens": 0,
+        },
+    }
+    sources = content.pop("sources")
+    assert {name: source["written_tokens"] for name, source in sources.items()} == {
+        "repeated": repeated,
+        "train": len(streams[0]) // 2 - repeated,
+        "validation": len(streams[1]) // 2,
+    }
+    assert {name: source["documents"] for name, source in sources.items()} == {
+        "repeated": REPEATED,
+        "train": 300 - REPEATED,
+        "validation": 40,
+    }
+    assert {source["read"] for name, source in sources.items() if name != "validation"} == {300}
+    recipe = content.pop("recipe")
+    assert (recipe["seed"], recipe["sources"]["repeated"]["repeats"]) == (0, REPEATS)
+    assert content.pop("versions").keys() == {
+        "litgpt-memsinks",
+        "signatures",
+        "litdata",
+        "litgpt",
+        "tokenizers",
+        "numpy",
+        "xxhash",
+    }
+    train, validation = (corpus_dir / f"{name}.jsonl" for name in ("train", "validation"))
     assert content == {
         "tokenizer_sha256": tokenizer_fingerprint(tokenizer_dir),
+        "special_tokens": {"bos": None, "eos": EOS},
         "max_token": int(max(stream[0::2].max() for stream in streams)),
-        "splits": {
-            "train": {
-                "documents": len(counts),
-                "written": len(written),
-                "tokens": len(streams[0]) // 2,
-                "repeated_documents": sum(count > 1 for count in counts.values()),
-                "repeated_tokens": sum(len(tokens) * count for tokens, count in counts.items() if count > 1),
-            },
-            "val": {
-                "documents": len(set(val)),
-                "written": len(val),
-                "tokens": len(streams[1]) // 2,
-                "repeated_documents": 0,
-                "repeated_tokens": 0,
-            },
+        "inputs": {
+            "repeated": [_input(train)],
+            "train": [_input(train)],
+            "validation": [_input(validation)],
         },
-        "seed": 0,
-        "repeats": REPEATS,
-        "id_noise": 0.0,
-        "left_out": False,
         "colliding_pairs": len(counts) - len({w.sequence_id for w in written}),
         "duplicates": 0,
-        "validation_overlap": 0,
-        "sources": ["train.jsonl", "validation.jsonl"],
-        "id_scheme": "hash",
-        "format_version": 1,
+        "format_version": 2,
     }
+
+
+def _input(path: Path) -> list[str | int]:
+    content = path.read_bytes()
+    return [str(path), len(content), xxhash.xxh3_64(content[:4096] + content[-4096:]).hexdigest()]
 
 
 def test_folder_holds_what_the_manifest_names_and_no_more(prepared: Path, tokenizer_dir: Path) -> None:
@@ -441,25 +501,34 @@ def test_folder_holds_what_the_manifest_names_and_no_more(prepared: Path, tokeni
 
 
 def test_document_table(
-    prepared: Path, written: list[Written], train_documents: list[Tokens], val_documents: list[Tokens]
+    prepared: Path,
+    corpus_dir: Path,
+    written: list[Written],
+    train_documents: list[Tokens],
+    val_documents: list[Tokens],
 ) -> None:
     rows = pq.read_table(prepared / "documents.parquet").to_pylist()
     counts = Counter(_tokens(written))
     ids = {w.tokens: w.sequence_id for w in written}
     corpora = {"train": ("train.jsonl", train_documents), "val": ("validation.jsonl", val_documents)}
+    assert [row["line"] for row in rows] == [*range(1, 301), *range(1, 41)]
     assert Counter(row["split"] for row in rows) == {"train": 300, "val": 40}
     assert len({(row["split"], row["line"]) for row in rows}) == 340
     for row in rows:
-        source, documents = corpora[row["split"]]
+        file, documents = corpora[row["split"]]
         tokens = documents[row["line"] - 1]
+        source = "repeated" if counts.get(tokens, 1) > 1 else "train"
         assert row == {
             "split": row["split"],
-            "source": source,
+            "source": source if row["split"] == "train" else "validation",
+            "file": str(corpus_dir / file),
             "line": row["line"],
+            "key": None,
             "digest": reference_digest(tokens[:-1]),
             "sequence_id": ids[tokens] if row["split"] == "train" else reference_id(tokens[:-1], False),
             "tokens": len(tokens),
             "repeats": counts.get(tokens, 1),
+            "written": counts.get(tokens, 1),
         }
 
 
@@ -481,10 +550,8 @@ def test_tables_without_repeats_have_the_same_columns(small: Callable[..., Path]
 
 def test_collisions_are_counted(small: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     # 31 bits do not collide among so few documents, so give all documents of the stream one of two digests' low bits
-    real = prepare_module.document_ids.digest
-    monkeypatch.setattr(
-        prepare_module.document_ids, "digest", lambda tokens: real(tokens) >> 31 << 31 | len(tokens) % 2
-    )
+    real = tokenizing.digest
+    monkeypatch.setattr(tokenizing, "digest", lambda tokens: real(tokens) >> 31 << 31 | len(tokens) % 2)
     texts = list(stories(12))
     out_dir = small(texts, validation_fraction=0.1)
     odd = sum(len(tokens) % 2 == 0 for tokens in _tokens(read_written(out_dir / "train", EOS)))  # with EOS
@@ -504,133 +571,24 @@ def test_summary_says_what_was_written(settings: Settings, tmp_path: Path, capsy
     assert f"--data.data_path {tmp_path / 'out'}" in said
 
 
-# ------------------------------------------------------------------------------------------------------------- encoding
-
-
-def _variant(source: Path, folder: Path, template: str, change: dict[str, Any], **config: Any) -> Path:
-    """A tokenizer with a BOS of its own, and a processor that adds what ``template`` says."""
-    folder.mkdir(parents=True)
-    tokenizer = HFTokenizer.from_file(str(source / "tokenizer.json"))
-    tokenizer.add_special_tokens(["<s>"])
-    specials = [(name, tokenizer.token_to_id(name)) for name in ("<s>", "<|endoftext|>")]
-    tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=specials)
-    content = json.loads(tokenizer.to_str()) | change
-    (folder / "tokenizer.json").write_text(json.dumps(content))
-    config = json.loads((source / "tokenizer_config.json").read_text()) | {"bos_token": "<s>"} | config
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return folder
-
-
-# How the processor works, whether LitGPT is told to use BOS, other settings of the file
-VARIANTS: dict[str, tuple[str, bool, dict[str, Any]]] = {
-    "plain": ("$A", False, {}),
-    "use_bos": ("$A", True, {}),
-    "adds_bos": ("<s> $A", False, {}),
-    "adds_bos-use_bos": ("<s> $A", True, {}),
-    "adds_bos_and_eos-use_bos": ("<s> $A <|endoftext|>", True, {}),
-    "adds_eos": ("$A <|endoftext|>", False, {}),
-    # as files have it that were saved from a fine-tuning or embedding script
-    "pads": (
-        "$A",
-        False,
-        {
-            "padding": {
-                "strategy": "BatchLongest",
-                "direction": "Right",
-                "pad_to_multiple_of": None,
-                "pad_id": 5,
-                "pad_type_id": 0,
-                "pad_token": "&",
-            }
-        },
-    ),
-}
-
-
-@pytest.fixture(scope="session")
-def variants(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
-    folder = tmp_path_factory.mktemp("variants")
-    return {
-        name: Tokenizer(_variant(tokenizer_dir, folder / name, template, change, add_bos_token=use_bos))
-        for name, (template, use_bos, change) in VARIANTS.items()
-    }
-
-
-def _stock(tokenizer: Tokenizer, text: str) -> list[int]:
-    """LitGPT's encoding. Of a processor that adds EOS by itself, LitGPT drops it although it was asked for EOS."""
-    tokens = tokenizer.encode(text, eos=True).tolist()
-    return tokens if tokens[-1:] == [tokenizer.eos_id] else [*tokens, tokenizer.eos_id]
-
-
-ODD_TEXTS = [
-    "a",
-    "",
-    " ",
-    "\n\n",
-    "e\u0301 é",
-    "漢字🙂\u200d🏽",
-    "\x00\x07",
-    "\ufeffx",
-    "don't " * 50,
-    "\u202eabc",
-    "ﬁ",
-    "\U0010ffff",
-]
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-def test_encode_equals_litgpt(variants: dict[str, Tokenizer], name: str) -> None:
-    tokenizer = variants[name]
-    texts = ODD_TEXTS + list(stories(5))
-    encoded = encode(texts, tokenizer)
-    assert [tokens.tolist() for tokens in encoded] == [_stock(tokenizer, text) for text in texts]
-    assert {tokens.dtype for tokens in encoded} == {np.dtype(np.int32)}
-    begins = {tokens[0] == tokenizer.bos_id for tokens in encoded}
-    assert begins == {VARIANTS[name][1]}
-
-
-@given(
-    texts=st.lists(st.text(st.characters(codec="utf-8"), min_size=1), max_size=8),
-    name=st.sampled_from(sorted(VARIANTS)),
-)
-def test_encode_equals_litgpt_on_any_text(variants: dict[str, Tokenizer], texts: list[str], name: str) -> None:
-    tokenizer = variants[name]
-    assert [tokens.tolist() for tokens in encode(texts, tokenizer)] == [_stock(tokenizer, text) for text in texts]
-
-
-@pytest.mark.parametrize("text", ["the end<|endoftext|>", "one<|endoftext|>two", "<|endoftext|>begin"])
-def test_a_document_ends_in_eos_even_if_its_text_does(tokenizer_dir: Path, text: str) -> None:
-    (tokens,) = encode([text], Tokenizer(tokenizer_dir))
-    assert tokens[-1] == EOS
-    assert tokens[-2] != EOS
-
-
-def test_text_is_not_cut(tokenizer_dir: Path, tmp_path: Path) -> None:
-    # as files have it that were saved from a fine-tuning script
-    cut = {"truncation": {"max_length": 4, "strategy": "LongestFirst", "direction": "Right", "stride": 0}}
-    tokenizer = Tokenizer(_variant(tokenizer_dir, tmp_path / "cuts", "$A", cut))
-    text = next(stories(1))
-    assert encode([text], tokenizer)[0].tolist() == Tokenizer(tokenizer_dir).encode(text, eos=True).tolist()
-
-
 @pytest.mark.parametrize("name", VARIANTS)
 def test_digest_is_over_the_text_alone(
-    variants: dict[str, Tokenizer], tokenizer_dir: Path, tmp_path: Path, name: str
+    tokenizer_dir: Path, stock_encode: Callable[[str], Tokens], tmp_path: Path, name: str
 ) -> None:
     texts = list(stories(6))
     folder = tmp_path / "tokenizer"
     template, use_bos, change = VARIANTS[name]
-    _variant(tokenizer_dir, folder, template, change, add_bos_token=use_bos)
+    tokenizer_variant(tokenizer_dir, folder, template, change, add_bos_token=use_bos)
     prepare(train=write_jsonl(tmp_path / "c.jsonl", texts), tokenizer_dir=folder, out_dir=tmp_path / "out")
     table = pq.read_table(tmp_path / "out" / "documents.parquet").to_pylist()
-    plain = variants["plain"]
-    bodies = {line: plain.encode(text).tolist() for line, text in enumerate(texts, start=1)}
+    bos = Tokenizer(folder).bos_id
+    bodies = {line: list(stock_encode(text)[:-1]) for line, text in enumerate(texts, start=1)}
     assert {row["line"]: row["digest"] for row in table} == {
         line: reference_digest(body) for line, body in bodies.items()
     }
     for split in ("train", "val"):
         for document in read_written(tmp_path / "out" / split, EOS):
-            assert (document.tokens[0] == variants[name].bos_id) == use_bos
+            assert (document.tokens[0] == bos) == use_bos
     assert {row["line"]: row["tokens"] for row in table} == {
         line: len(body) + 1 + use_bos for line, body in bodies.items()
     }
@@ -660,14 +618,18 @@ OUT_OF_RANGE = [
 
 
 def _refusal(out_dir: Path, **settings: Any) -> str:
-    """The one-line error of preparing with these settings, which must leave nothing behind."""
-    before = sorted(out_dir.parent.iterdir())
+    """The one-line error of preparing with these settings, which may leave tokens for a next try."""
+    before = _beside(out_dir)
     with pytest.raises(MemSinksError) as caught:
         prepare(out_dir=out_dir, **settings)
     message = str(caught.value)
     assert "\n" not in message
-    assert sorted(out_dir.parent.iterdir()) == before
+    assert _beside(out_dir) == before
     return message
+
+
+def _beside(out_dir: Path) -> list[Path]:
+    return sorted(path for path in out_dir.parent.iterdir() if path.name != f".{out_dir.name}.work")
 
 
 @pytest.mark.parametrize(("wrong", "part"), OUT_OF_RANGE, ids=str)
@@ -679,9 +641,9 @@ def test_setting_out_of_range(
 
 
 TOO_MANY = [
-    ({"documents": 293}, "documents is 293, but the corpus has only 292 distinct"),
-    ({"documents": 0, "repeated_documents": 301}, "repeated_documents is 301, but the corpus has only 300 distinct"),
-    ({"repeated_documents": 301}, "repeated_documents is 301, but the corpus has only 300 distinct"),
+    ({"documents": 293}, "sources.train.documents is 293, but only 292 distinct"),
+    ({"documents": 0, "repeated_documents": 301}, "sources.repeated.documents is 301, but only 300 distinct"),
+    ({"repeated_documents": 301}, "sources.repeated.documents is 301, but only 300 distinct"),
 ]
 
 
@@ -717,7 +679,7 @@ def test_broken_corpus_is_named_by_line(tmp_path: Path, settings: Settings, whic
     broken.write_text('{"text": "fine"}\n{"text": 5}\n')
     message = _refusal(tmp_path / "out", **(settings | {which: broken}))
     assert f"{str(broken)!r}, line 2 has a int" in message
-    assert "There is no file" in _refusal(tmp_path / "out", **(settings | {which: tmp_path / "missing.jsonl"}))
+    assert "missing.jsonl" in _refusal(tmp_path / "out", **(settings | {which: tmp_path / "missing.jsonl"}))
 
 
 def test_text_that_no_tokenizer_takes(tmp_path: Path, tokenizer_dir: Path) -> None:
@@ -740,7 +702,7 @@ def test_tokenizer_without_eos(tmp_path: Path, settings: Settings, tokenizer_dir
 
 
 def test_tokenizer_that_wants_a_bos_it_has_not(tmp_path: Path, settings: Settings, tokenizer_dir: Path) -> None:
-    folder = _variant(tokenizer_dir, tmp_path / "tokenizer", "$A", {}, add_bos_token=True, bos_token=None)
+    folder = tokenizer_variant(tokenizer_dir, tmp_path / "tokenizer", "$A", {}, add_bos_token=True, bos_token=None)
     assert "bos" in _refusal(tmp_path / "out", **(settings | {"tokenizer_dir": folder}))
 
 
@@ -774,7 +736,15 @@ def _any(folder: Path, pattern: str) -> bool:
     return next(folder.glob(pattern), None) is not None
 
 
-MOMENTS = ["*", "work/train/tokens.bin", "work/train-plan/ids.npy", "train/*.bin", "val/index.json", "memsinks.json"]
+MOMENTS = [
+    ".out.work/units/.*.incomplete/records.bin",
+    ".out.work/units/*/unit.json",
+    ".out.work/plan/documents/0.bin",
+    ".out.work/plan/streams/train.bin",
+    ".out.*.incomplete/train/*.bin",
+    ".out.*.incomplete/val/index.json",
+    ".out.*.incomplete/documents.parquet",
+]
 
 
 def _kill_at(moment: str, settings: Settings, context: multiprocessing.context.ForkServerContext) -> bool:
@@ -783,7 +753,7 @@ def _kill_at(moment: str, settings: Settings, context: multiprocessing.context.F
     process = context.Process(target=prepare_in_own_group, args=(settings,))
     process.start()
     assert process.pid is not None
-    while process.is_alive() and not _any(out_dir.parent, f".out.*.incomplete/{moment}"):
+    while process.is_alive() and not _any(out_dir.parent, moment):
         pass
     if process.is_alive():
         os.killpg(process.pid, signal.SIGKILL)
@@ -809,9 +779,100 @@ def test_kill_leaves_no_folder_that_is_not_whole(
         shutil.rmtree(tmp_path / "out")
     else:
         pytest.fail("it ended each time before it could be killed")
-    (left,) = tmp_path.iterdir()
-    assert left.match(".out.*.incomplete")
+    assert all(path.name == ".out.work" or path.match(".out.*.incomplete") for path in tmp_path.iterdir())
     prepare(**settings)
     assert _is_whole(tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     np.testing.assert_array_equal(read_stream(tmp_path / "out" / "train"), read_stream(prepared / "train"))
+
+
+# ---------------------------------------------------------------------------------------- what a review has found wrong
+
+
+def test_files_of_one_name_are_not_taken_for_each_other(
+    tmp_path: Path, tokenizer_dir: Path, stock_encode: Callable[[str], Tokens]
+) -> None:
+    ends = [f"end {n} " * 900 for n in (1, 2)]  # longer than what is looked at
+    for folder, word in (("a", "alpha"), ("b", "bravo")):
+        (tmp_path / "corpus" / folder).mkdir(parents=True)
+        write_jsonl(tmp_path / "corpus" / folder / "part.jsonl", [ends[0], f"only {word}", ends[1]])
+    prepare(
+        train=tmp_path / "corpus",
+        validation=write_jsonl(tmp_path / "v.jsonl", ["unseen"]),
+        tokenizer_dir=tokenizer_dir,
+        out_dir=tmp_path / "out",
+    )
+    counts = Counter(_tokens(read_written(tmp_path / "out" / "train", EOS)))
+    assert counts == {stock_encode(ends[0]): 2, stock_encode(ends[1]): 2} | {
+        stock_encode(f"only {word}"): 1 for word in ("alpha", "bravo")
+    }
+
+
+def test_bos_that_litgpt_tells_by_the_folders_name(tmp_path: Path, tokenizer_dir: Path, corpus_dir: Path) -> None:
+    folder = tokenizer_variant(tokenizer_dir, tmp_path / "Llama-3-small", "$A", {})
+    assert Tokenizer(folder).use_bos
+    out_dir = tmp_path / "out"
+    prepare(train=corpus_dir / "train.jsonl", tokenizer_dir=folder, out_dir=out_dir)
+    assert not Tokenizer(out_dir / "tokenizer").use_bos  # LitGPT's own view of the copy
+    assert {document.tokens[0] for document in read_written(out_dir / "train", EOS)} == {Tokenizer(folder).bos_id}
+    verify(out_dir)
+    settings = {
+        "sources": {"train": Source(str(corpus_dir / "train.jsonl"))},
+        "validation": {"v": ValidationSet(str(corpus_dir / "validation.jsonl"))},
+        "tokenizer_dir": folder,
+    }
+    prepare(**settings, out_dir=tmp_path / "x", shard="0/1")
+    shutil.rmtree(tmp_path / "x.shard-0-of-1" / "units")
+    merge([tmp_path / "x.shard-0-of-1"], tmp_path / "x")  # reads again, with the copy of the tokenizer
+    verify(tmp_path / "x")
+
+
+def test_chunks_are_listed_in_the_order_of_the_stream(
+    prepared: Path, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = litdata.optimize
+
+    def as_older_releases(**arguments: Any) -> None:
+        real(**arguments)
+        path = Path(arguments["output_dir"]) / "index.json"
+        index = json.loads(path.read_text())
+        index["chunks"].sort(key=lambda chunk: chunk["filename"])
+        path.write_text(json.dumps(index))
+
+    monkeypatch.setattr(litdata, "optimize", as_older_releases)
+    prepare(**settings, out_dir=tmp_path / "out", chunk_bytes=4096, num_workers=1)
+    assert len(list((tmp_path / "out" / "train").glob("*.bin"))) > 20  # chunk-0-10 comes before chunk-0-2 as text
+    np.testing.assert_array_equal(read_stream(tmp_path / "out" / "train"), read_stream(prepared / "train"))
+
+
+def test_file_system_without_locks_is_named(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("litgpt_memsinks.prepare.fcntl.lockf", no_locks)
+    assert "cannot lock files (No locks available)" in _refusal(tmp_path / "out", **settings)
+
+
+@pytest.mark.parametrize("damage", ["", "{", '{"model": 5}'])
+def test_damaged_tokenizer_is_one_line(tmp_path: Path, settings: Settings, tokenizer_dir: Path, damage: str) -> None:
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(tokenizer_dir, folder)
+    (folder / "tokenizer.json").write_text(damage)
+    assert "cannot be loaded" in _refusal(tmp_path / "out", **(settings | {"tokenizer_dir": folder}))
+
+
+def test_held_out_of_a_corpus_that_two_sources_read(tmp_path: Path, tokenizer_dir: Path, corpus_dir: Path) -> None:
+    path = str(corpus_dir / "train.jsonl")
+    manifest = prepare(
+        out_dir=tmp_path / "out",
+        tokenizer_dir=tokenizer_dir,
+        sources={"near": Source(path, ids="near_duplicate", documents=10, repeats=5), "once": Source(path)},
+        validation={"held": ValidationSet(path, hold_out=True, documents=20)},
+    )
+    assert {name: source.documents for name, source in manifest.sources.items()} == {
+        "near": 10,
+        "once": 270,
+        "held": 20,
+    }

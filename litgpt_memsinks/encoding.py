@@ -1,0 +1,212 @@
+"""Texts to tokens as LitGPT encodes them, but many at once, and each word only once.
+
+A byte-level BPE tokenizer first cuts a text into words, and a single space between two words always begins a new one.
+So what lies between such spaces can be encoded by itself, and most of it has been seen before: a table of the frequent
+words makes encoding several times faster than the tokenizer alone. Tokenizers of which this is not known to hold encode
+whole texts. Either way every token comes from the tokenizer itself.
+"""
+
+import json
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from litgpt.tokenizer import Tokenizer
+
+from litgpt_memsinks.errors import MemSinksError
+
+_WORDS, _LONGEST_WORD = 200_000, 64  # kept in the table: some 40 MB; longer words rarely come again
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_OTHERS = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_SPLITS = {
+    rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}|{_OTHERS}"
+    for digits in ("{1,3}", "")  # Llama 3, Qwen 2
+}
+"""Regular expressions of pre-tokenizers that begin a new word at a single space."""
+
+
+def load_tokenizer(tokenizer_dir: Path, special: dict[str, int | None] | None = None) -> Tokenizer:
+    """Load a tokenizer as LitGPT does, and check that it can separate documents.
+
+    Args:
+        tokenizer_dir: Its folder.
+        special: Tokens of ``special_tokens`` that it is to use. LitGPT goes by the folder's name, too, when it decides
+            whether to put BOS in front, and a copy has another name.
+
+    Raises:
+        MemSinksError: If the tokenizer cannot be loaded, has no end-of-sequence token, or wants a BOS that it has not.
+    """
+    try:
+        tokenizer = Tokenizer(tokenizer_dir)
+    except Exception as error:
+        # tokenizers raises Exception itself, LitGPT what a damaged or unusual file brings about
+        if type(error) is not Exception and not isinstance(error, (ValueError, KeyError, ImportError, OSError)):
+            raise
+        raise MemSinksError(
+            f"The tokenizer at {str(tokenizer_dir)!r} cannot be loaded: {' '.join(str(error).split()) or repr(error)}. "
+            "Download it again, or mend its files."
+        ) from error
+    if special is not None:
+        tokenizer.use_bos, tokenizer.eos_id = special["bos"] is not None, special["eos"]
+        tokenizer.bos_id = special["bos"] if tokenizer.use_bos else tokenizer.bos_id
+    if tokenizer.eos_id is None:
+        raise MemSinksError("The tokenizer has no eos_token, which separates documents. Add one to its configuration.")
+    if tokenizer.use_bos and tokenizer.bos_id is None:
+        raise MemSinksError("The tokenizer is to add a bos_token, but has none. Correct tokenizer_config.json.")
+    if tokenizer.backend == "huggingface":
+        # some tokenizer files carry settings of the script that saved them
+        tokenizer.processor.no_padding()
+        tokenizer.processor.no_truncation()
+    return tokenizer
+
+
+def special_tokens(tokenizer: Tokenizer) -> dict[str, int | None]:
+    """The tokens that LitGPT puts around a text: they are of other files than the tokenizer's fingerprint is."""
+    return {"bos": tokenizer.bos_id if tokenizer.use_bos else None, "eos": tokenizer.eos_id}
+
+
+class Encoder:
+    """Encodes documents as ``tokenizer.encode(text, eos=True)`` does.
+
+    BOS goes in front where the tokenizer asks for it, and exactly one EOS behind: LitGPT's would drop it from a text
+    that ends in EOS already.
+
+    Args:
+        tokenizer: Of ``load_tokenizer``.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.by_words = tokenizer.backend == "huggingface" and begins_words_at_spaces(tokenizer)
+        self._table: dict[str, bytes] = {}
+        self._start = np.array([tokenizer.bos_id] if tokenizer.use_bos else [], dtype=np.int32).tobytes()
+        self._end = np.array([tokenizer.eos_id], dtype=np.int32).tobytes()
+        if self.by_words:
+            added = tokenizer.processor.encode("").ids
+            self._adds_bos, self._adds_eos = tokenizer.bos_id in added, tokenizer.eos_id in added
+
+    def __call__(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
+        """Encode documents.
+
+        Returns:
+            One int32 array ``(n_tokens,)`` for each.
+        """
+        if self.tokenizer.backend != "huggingface":
+            return [self.tokenizer.encode(text, eos=True).numpy().astype(np.int32) for text in texts]
+        if self.by_words:
+            bodies = self._encode_words(texts)
+        else:
+            encodings = self.tokenizer.processor.encode_batch_fast(list(texts))
+            bodies = [self._trim(_bytes(encoding.ids)) for encoding in encodings]
+        return [np.frombuffer(self._start + body + self._end, dtype=np.int32) for body in bodies]
+
+    def _encode_words(self, texts: Sequence[str]) -> list[bytes]:
+        """Tokens of the texts without BOS and EOS."""
+        table = self._table
+        documents: list[list[str]] = []
+        new: dict[str, bytes] = {}
+        for text in texts:
+            first, *others = text.split(" ")
+            words = [first, *[f" {word}" for word in others]]
+            unknown = {word for word in words if word not in table}
+            if not all(map(_is_one_word, unknown)):
+                words = _words(words)
+                unknown = {word for word in words if word not in table}
+            new.update(dict.fromkeys(unknown, b""))
+            documents.append(words)
+        self._learn(new)
+        return [self._trim(self._look_up(words, new), self._adds_bos, self._adds_eos) for words in documents]
+
+    def _learn(self, new: dict[str, bytes]) -> None:
+        """Encode new words, and keep them for later texts while there is room."""
+        words = list(new)
+        encodings = self.tokenizer.processor.encode_batch_fast(words, add_special_tokens=False)
+        for word, encoding in zip(words, encodings, strict=True):
+            new[word] = tokens = array("i", encoding.ids).tobytes()
+            if len(word) <= _LONGEST_WORD and len(self._table) < _WORDS and _is_one_word(word):
+                self._table[word] = tokens
+
+    def _look_up(self, words: list[str], new: dict[str, bytes]) -> bytes:
+        try:
+            return b"".join(map(self._table.__getitem__, words))
+        except KeyError:  # words that are not kept
+            return b"".join([new[word] if word in new else self._table[word] for word in words])
+
+    def _trim(self, body: bytes, keep_bos: bool = False, keep_eos: bool = False) -> bytes:
+        """Drop the BOS and EOS that some tokenizers add by themselves, and an EOS that a text ends in."""
+        size = len(self._end)
+        if not keep_bos and self.tokenizer.bos_id is not None and body[:size] == _bytes([self.tokenizer.bos_id]):
+            body = body[size:]
+        return body[:-size] if not keep_eos and body[-size:] == self._end else body
+
+
+def _bytes(ids: list[int]) -> bytes:
+    return np.array(ids, dtype=np.int32).tobytes()
+
+
+def _is_one_word(word: str) -> bool:
+    """Whether a piece can be encoded by itself wherever it is: no blanks at its ends but one space in front."""
+    body = word.removeprefix(" ")
+    return bool(body) and " " not in body and not body[0].isspace() and not body[-1].isspace()
+
+
+def _words(pieces: list[str]) -> list[str]:
+    """Join pieces, each but the first with its space in front, that must not be encoded one by one.
+
+    A space between two others than blanks begins a word. Where it has a blank or nothing beside it, the pieces are left
+    together.
+    """
+    words: list[str] = []
+    blank_before = True  # nothing, or a blank, is left of the space
+    for index, piece in enumerate(pieces):
+        body = piece[1:] if index else piece
+        if index and (blank_before or not body or body[0].isspace()):
+            words[-1] += piece
+        else:
+            words.append(piece)
+        blank_before = not body or body[-1].isspace()
+    return words
+
+
+def begins_words_at_spaces(tokenizer: Tokenizer) -> bool:
+    """Whether a tokenizer is known to begin a word at each single space between two characters that are no blanks.
+
+    Then encoding piece by piece gives the same tokens. That holds for byte-level BPE with the regular expressions of
+    GPT-2 (SmolLM, Pythia, ...), Llama 3 or Qwen, unless special tokens reach over spaces or it adds tokens of its own.
+    """
+    settings = json.loads(tokenizer.processor.to_str())
+    model, normalizer = settings["model"], settings["normalizer"] or {"type": "NFC"}
+    specials = {tokenizer.bos_id, tokenizer.eos_id}
+    return (
+        model["type"] == "BPE"
+        and not model.get("dropout")
+        and normalizer["type"] == "NFC"
+        and _cuts_at_spaces(settings["pre_tokenizer"])
+        and set(tokenizer.processor.encode("").ids) <= specials
+        and not any(_reaches_over_a_space(token) for token in settings["added_tokens"])
+    )
+
+
+def _cuts_at_spaces(pre_tokenizer: dict[str, Any] | None) -> bool:
+    """Whether a pre-tokenizer is one of those known to begin a word at a single space."""
+    if pre_tokenizer is None:
+        return False
+    steps = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
+    *others, last = steps
+    if last["type"] != "ByteLevel":
+        return False
+    splits = [step for step in others if step["type"] == "Split"]
+    if any(step["type"] not in ("Digits", "Split") for step in others):
+        return False
+    if last["use_regex"]:
+        return not splits
+    return len(splits) == 1 and splits[0]["pattern"].get("Regex") in _SPLITS and splits[0]["behavior"] == "Isolated"
+
+
+def _reaches_over_a_space(token: dict[str, Any]) -> bool:
+    """Whether an added token could take a single space between two words for itself."""
+    blanks = token["content"].isspace() and len(token["content"]) > 1
+    return token["rstrip"] or token["single_word"] or (" " in token["content"] and not blanks)
