@@ -4,8 +4,9 @@ The stream on disk is ``t0 id0 t1 id1 ...``. A block of ``2 * (T + 1)`` numbers,
 training and validation loops run unchanged: their slices along dimension 1 cut tokens and IDs together.
 """
 
-import json
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from litgpt.data.lit_data import LitData
 from litgpt.tokenizer import Tokenizer
 from torch.utils.data import DataLoader
 
+from litgpt_memsinks.chunks import read_index
 from litgpt_memsinks.config import SinkArgs
 from litgpt_memsinks.errors import MemSinksError
-from litgpt_memsinks.manifest import TOKENIZER, Manifest, tokenizer_fingerprint
+from litgpt_memsinks.manifest import MANIFEST, TOKENIZER, TOKENIZER_FILES, Manifest, tokenizer_fingerprint
+from litgpt_memsinks.remote import check_url, copy_files, is_url
 
 INT32_FORMATS = ("no_header_tensor:15", "no_header_tensor:16")
 """How litdata names a headerless stream of int32 (torch.int32 or torch.int). uint16 would cut IDs short silently."""
@@ -51,7 +54,7 @@ class MemSinksData(LitData):
     """Loads a folder that ``litgpt-memsinks prepare`` wrote, and makes ``litgpt pretrain`` train with sinks."""
 
     data_path: str | Path = Path("data/memsinks")
-    """The prepared folder"""
+    """The prepared folder, or the URL of its copy in an object store, such as ``s3://bucket/prefix``"""
     split_names: tuple[str, str] | None = ("train", "val")
     """Names of the subfolders for training and validation"""
     seed: int = 42
@@ -60,6 +63,15 @@ class MemSinksData(LitData):
     """How many DataLoader processes to use for loading"""
     sinks: SinkArgs = field(default_factory=SinkArgs)
     """Hyperparameters of the memorization sinks"""
+    storage_options: dict[str, Any] | None = field(default=None, repr=False)
+    """How to reach the object store, e.g. ``{"endpoint_url": "http://localhost:9000"}``: arguments of boto3's S3
+    client, or of the client that litdata uses for another store. LitGPT prints and logs them with the run, so keep
+    secrets in the environment or an AWS profile"""
+
+    def __post_init__(self) -> None:
+        """Check the settings as LitGPT does."""
+        super().__post_init__()
+        self._copy: Path | None = None
 
     def connect(
         self, tokenizer: Tokenizer | None = None, batch_size: int = 1, max_seq_length: int | None = None
@@ -70,13 +82,30 @@ class MemSinksData(LitData):
 
     @property
     def tokenizer_dir(self) -> Path:
-        """The folder of the tokenizer that made the stream."""
-        return Path(self.data_path) / TOKENIZER
+        """The folder of the tokenizer that made the stream, for a URL that of its local copy."""
+        return (self._copy or self._folder()) / TOKENIZER
+
+    def _folder(self) -> Path:
+        """The prepared folder; for a URL a local copy of its small files as they are now."""
+        if not is_url(self.data_path):
+            return Path(self.data_path)
+        url = str(self.data_path).rstrip("/")
+        check_url(url)
+        self._copy = copy_files(
+            url,
+            [MANIFEST, *(f"{name}/index.json" for name in self.split_names or ())],
+            [f"{TOKENIZER}/{name}" for name in TOKENIZER_FILES],
+            self.storage_options,
+        )
+        return self._copy
 
     def check(
         self, padded_vocab_size: int, block_size: int, batch_size: int, tokenizer_dir: Path | None = None
     ) -> Manifest:
         """Refuse a folder that would train on garbage, before any model is built.
+
+        In an object store, the chunks themselves are not looked at, which would be a request for each: one that is
+        missing or cut short fails when its turn comes.
 
         Args:
             padded_vocab_size: Number of tokens that the model can embed.
@@ -89,13 +118,19 @@ class MemSinksData(LitData):
 
         Raises:
             MemSinksError: If a setting is out of range, or the data is missing, plain, half-written, not int32, too
-                short for one batch, made with another tokenizer, or holds a token beyond the vocabulary.
+                short for one batch, made with another tokenizer, or holds a token beyond the vocabulary; or if the
+                object store cannot be read.
         """
         if self.split_names is None:
             raise MemSinksError("data.split_names is null, but training and validation differ. Use [train, val].")
         if self.num_workers < 0:
             raise MemSinksError(f"data.num_workers is {self.num_workers}, but it must be at least 0.")
-        manifest = Manifest.read(Path(self.data_path))
+        folder, remote = self._folder(), is_url(self.data_path)
+        named = str(self.data_path).rstrip("/") if remote else str(folder)
+        with _naming(folder, named):
+            manifest = Manifest.read(folder)
+            if remote and tokenizer_fingerprint(folder / TOKENIZER) != manifest.tokenizer_sha256:
+                raise MemSinksError(f"{str(folder / TOKENIZER)!r} did not make the data there. Copy the folder again.")
         if manifest.max_token >= padded_vocab_size:
             raise MemSinksError(
                 f"The data at {str(self.data_path)!r} holds token {manifest.max_token}, but the model embeds tokens "
@@ -106,19 +141,25 @@ class MemSinksData(LitData):
                 f"The tokenizer at {str(tokenizer_dir)!r} ({given[:12]}) is not the one that made the data "
                 f"({manifest.tokenizer_sha256[:12]}). Leave tokenizer_dir out, or use {str(self.tokenizer_dir)!r}."
             )
-        for name in self.split_names:
-            _check_chunks(Path(self.data_path) / name, block_size, batch_size)
+        with _naming(folder, named):
+            for name in self.split_names:
+                _check_index(folder / name, block_size, batch_size)
+                if not remote:
+                    _check_chunks(folder / name)
         return manifest
 
     def _dataloader(self, input_dir: str, train: bool) -> DataLoader:
-        # LitData's own, restated for the sake of the collate function; pinned by test_data.py against LitData's rows
+        # LitData's own, restated for the sake of the collate function and the storage options; pinned by test_data.py
+        # against LitData's rows
         from litdata.streaming import StreamingDataLoader, StreamingDataset, TokensLoader
 
+        worker_init_fn = self._prepare_process(input_dir)
         dataset = StreamingDataset(
             input_dir=input_dir,
             item_loader=TokensLoader(block_size=self.seq_length),
             shuffle=train,
             seed=self.seed,
+            storage_options=self.storage_options or {},
         )
         return StreamingDataLoader(
             dataset,
@@ -127,21 +168,36 @@ class MemSinksData(LitData):
             num_workers=self.num_workers,
             drop_last=True,
             collate_fn=collate_pairs,
+            worker_init_fn=worker_init_fn,
         )
 
+    def _prepare_process(self, input_dir: str) -> Callable[[int], None] | None:
+        """Get litdata ready to stream from a store in this process; the same for workers, or ``None``."""
+        if not input_dir.startswith("s3://"):
+            return None
+        from litgpt_memsinks.plain_http import is_plain_http, use_boto
 
-def _check_chunks(folder: Path, block_size: int, batch_size: int) -> None:
-    """Refuse a split whose chunks are missing, not int32 or too few for one batch."""
+        if not is_plain_http(self.storage_options):
+            return None
+        use_boto()
+        return use_boto
+
+
+@contextmanager
+def _naming(folder: Path, name: str) -> Iterator[None]:
+    """Let errors speak of what the user named, not of its local copy."""
+    try:
+        yield
+    except MemSinksError as error:
+        raise MemSinksError(str(error).replace(str(folder), name)) from error
+
+
+def _check_index(folder: Path, block_size: int, batch_size: int) -> None:
+    """Refuse a split whose chunks are by their index not int32 or too few for one batch."""
     index = read_index(folder)
     data_format = ", ".join(index["config"]["data_format"])
     if data_format not in INT32_FORMATS:
         raise MemSinksError(f"{str(folder)!r} holds {data_format}, not int32, which cuts IDs short. Prepare it again.")
-    for chunk in index["chunks"]:
-        if not os.path.isfile(folder / chunk["filename"]):
-            raise MemSinksError(f"{str(folder / chunk['filename'])!r} is missing. Copy the folder again.")
-        # 32 bit each: the number of documents, where each begins and the last ends, and the stream
-        if (folder / chunk["filename"]).stat().st_size != 4 * (2 + chunk["chunk_size"] + chunk["dim"]):
-            raise MemSinksError(f"{str(folder / chunk['filename'])!r} is not whole. Copy the folder again.")
     blocks = sum(chunk["dim"] // (2 * (block_size + 1)) for chunk in index["chunks"])
     if blocks < batch_size:
         raise MemSinksError(
@@ -150,19 +206,11 @@ def _check_chunks(folder: Path, block_size: int, batch_size: int) -> None:
         )
 
 
-def read_index(folder: Path) -> dict[str, Any]:
-    """Read litdata's ``index.json`` of one split.
-
-    Raises:
-        MemSinksError: If it is not there.
-    """
-    path = folder / "index.json"
-    if not path.is_file():
-        raise MemSinksError(f"{str(path)!r} is missing: the folder is half-written or has other splits. Prepare it.")
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise MemSinksError(f"{str(path)!r} is not JSON ({error}). Copy the folder again, or prepare it.") from error
-    if not isinstance(index, dict) or not {"chunks", "config"} <= index.keys():
-        raise MemSinksError(f"{str(path)!r} is not an index of litdata. Copy the folder again, or prepare it.")
-    return index
+def _check_chunks(folder: Path) -> None:
+    """Refuse a split on disk whose chunks are missing or cut short."""
+    for chunk in read_index(folder)["chunks"]:
+        if not os.path.isfile(folder / chunk["filename"]):
+            raise MemSinksError(f"{str(folder / chunk['filename'])!r} is missing. Copy the folder again.")
+        # 32 bit each: the number of documents, where each begins and the last ends, and the stream
+        if (folder / chunk["filename"]).stat().st_size != 4 * (2 + chunk["chunk_size"] + chunk["dim"]):
+            raise MemSinksError(f"{str(folder / chunk['filename'])!r} is not whole. Copy the folder again.")

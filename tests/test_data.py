@@ -18,8 +18,9 @@ from litdata.streaming.writer import BinaryWriter
 from litgpt.data import LitData
 from litgpt.tokenizer import Tokenizer
 
+from litgpt_memsinks.chunks import read_index
 from litgpt_memsinks.corpus import stories, train_tokenizer
-from litgpt_memsinks.data import MemSinksData, collate_pairs, deinterleave, read_index
+from litgpt_memsinks.data import MemSinksData, collate_pairs, deinterleave
 from litgpt_memsinks.errors import MemSinksError
 from litgpt_memsinks.manifest import Manifest
 from litgpt_memsinks.prepare import prepare
@@ -101,10 +102,10 @@ def test_training_is_shuffled_by_the_seed(prepared: Path) -> None:
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_no_token_is_mispaired(chunked: Path, corpus_dir: Path, tokenizer_dir: Path, num_workers: int) -> None:
     tokenizer = Tokenizer(tokenizer_dir)
-    texts = {name: read_jsonl(corpus_dir / name) for name in ("train.jsonl", "validation.jsonl")}
+    texts = {str(path): read_jsonl(path) for path in corpus_dir.glob("*.jsonl")}
     allowed: dict[str, set[tuple[int, int]]] = {"train": set(), "val": set()}
     for row in pq.read_table(chunked / "documents.parquet").to_pylist():
-        tokens = tokenizer.encode(texts[row["source"]][row["line"] - 1], eos=True).tolist()
+        tokens = tokenizer.encode(texts[row["file"]][row["line"] - 1], eos=True).tolist()
         allowed[row["split"]] |= {(token, row["sequence_id"]) for token in tokens}
     data = _connected(MemSinksData(data_path=chunked, num_workers=num_workers), B, T)
     for split, loader in (("train", data.train_dataloader()), ("val", data.val_dataloader())):
@@ -245,7 +246,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "half-written manifest": (_cut("memsinks.json", 0.5), ["memsinks.json' is not JSON"]),
     "binary manifest": (lambda folder: (folder / "memsinks.json").write_bytes(b"\xff\xfe"), ["is not JSON"]),
     "list as manifest": (lambda folder: (folder / "memsinks.json").write_text("[1]"), ["format version None"]),
-    "other version": (_manifest(lambda m: m.update(format_version=2)), ["has format version 2", "reads 1"]),
+    "other version": (_manifest(lambda m: m.update(format_version=1)), ["has format version 1", "reads 2"]),
     "manifest lacks a field": (_manifest(lambda m: m.pop("max_token")), ["lacks or adds ['max_token']"]),
     "manifest has another field": (_manifest(lambda m: m.update(more=1)), ["lacks or adds ['more']"]),
     "manifest's splits are junk": (_manifest(lambda m: m.update(splits=5)), ["memsinks.json"]),
