@@ -1,14 +1,15 @@
 # Each target sets up what it needs. Only a package registry is used.
 #
 #   make demo                     the main job on the embedded corpus   (SEEDS=3, CORPUS=path.jsonl, OUT=folder)
-#   make test                     the tests
+#   make test                     the tests, in two processes   (JOBS=8)
 #   make check                    ruff, formatting, mypy
-#   make bench                    speed against stock LitGPT, side by side
+#   make bench                    speed against stock LitGPT, side by side: training, then preparing data (CORPUS=folder)
 
 PYTHON ?= python3
 VENV ?= .venv
 SEEDS ?= 1
 CORPUS ?=
+JOBS ?= 2
 OUT ?= runs/demo$(if $(CORPUS),-$(basename $(notdir $(CORPUS))))
 
 .PHONY: setup demo test check bench clean
@@ -24,7 +25,7 @@ demo: setup
 	$(VENV)/bin/litgpt-memsinks demo --seeds $(SEEDS) --out_dir $(OUT) $(if $(CORPUS),--corpus $(CORPUS))
 
 test: setup
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile
 
 check: setup
 	$(VENV)/bin/ruff check .
@@ -33,6 +34,7 @@ check: setup
 
 bench: setup
 	$(VENV)/bin/litgpt-memsinks bench
+	$(VENV)/bin/litgpt-memsinks bench_data $(if $(CORPUS),--corpus $(CORPUS))
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
