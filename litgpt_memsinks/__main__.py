@@ -1,5 +1,7 @@
 """The console script ``litgpt-memsinks``: one function per command, help from signatures and docstrings."""
 
+import errno
+import os
 import sys
 from collections.abc import Callable
 from typing import NamedTuple
@@ -8,13 +10,23 @@ from jsonargparse import ArgumentParser
 
 from litgpt_memsinks import __version__
 from litgpt_memsinks.bench import bench
+from litgpt_memsinks.bench_data import bench_data
 from litgpt_memsinks.corpus import train_tokenizer_on, write_corpus
 from litgpt_memsinks.demo import demo
 from litgpt_memsinks.drop_sinks import drop_sinks
 from litgpt_memsinks.errors import MemSinksError
 from litgpt_memsinks.evaluate import evaluate
-from litgpt_memsinks.prepare import prepare
+from litgpt_memsinks.inspect_data import inspect
+from litgpt_memsinks.lookup import lookup
+from litgpt_memsinks.prepare import merge, prepare
 from litgpt_memsinks.report import report
+from litgpt_memsinks.verify import verify
+
+USER_FIXABLE = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE),
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EIO, errno.ESTALE),
+}
+"""Failures that are no fault of the program: no space, no permission, no such place, a failing disk."""
 
 
 class Command(NamedTuple):
@@ -30,10 +42,15 @@ COMMANDS = {
     "corpus": Command(write_corpus),
     "tokenizer": Command(train_tokenizer_on),
     "prepare": Command(prepare),
+    "merge": Command(merge),
+    "verify": Command(verify, positional=True),
+    "inspect": Command(inspect, positional=True),
+    "lookup": Command(lookup, positional=True),
     "drop_sinks": Command(drop_sinks, positional=True),
     "evaluate": Command(evaluate),
     "report": Command(report),
     "bench": Command(bench),
+    "bench_data": Command(bench_data),
 }
 
 
@@ -65,6 +82,13 @@ def main(arguments: list[str] | None = None) -> None:
         COMMANDS[settings.subcommand].function(**values)
     except MemSinksError as error:
         sys.exit(f"Error: {error}")
+    except BrokenPipeError:  # the reader of our output has seen enough, as in `lookup ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in USER_FIXABLE:
+            raise
+        sys.exit(f"Error: {error}. What was finished is kept; run the same command again when it is mended.")
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         sys.exit(130)

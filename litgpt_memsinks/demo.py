@@ -31,7 +31,7 @@ from rich.progress import (
 )
 
 from litgpt_memsinks.corpus import train_tokenizer, write_corpus
-from litgpt_memsinks.corpus_files import read_documents
+from litgpt_memsinks.corpus_files import read_texts
 from litgpt_memsinks.drop_sinks import drop_sinks
 from litgpt_memsinks.errors import MemSinksError
 from litgpt_memsinks.evaluate import Result, evaluate_checkpoint, print_results, write_results
@@ -179,9 +179,7 @@ def prepare_streams(corpus: Path | None, out_dir: Path) -> dict[str, Path]:
         write_corpus(texts, EMBEDDED_DOCUMENTS + REPEATED_DOCUMENTS, 256) if corpus is None else sample(corpus, texts)
     tokenizer_dir = out_dir / "tokenizer"
     if not tokenizer_dir.is_dir():
-        train_tokenizer(
-            (document.text for document in read_documents(texts / "train.jsonl")), tokenizer_dir, VOCAB_SIZE
-        )
+        train_tokenizer(read_texts(texts / "train.jsonl"), tokenizer_dir, VOCAB_SIZE)
     variants = {"stream": {}, "left_out": {"leave_out_repeated": True}, "id_noise": {"id_noise": 1.0}}
     for name, changes in variants.items():
         if not (data / name / MANIFEST).is_file():
@@ -223,9 +221,9 @@ def sample(corpus: Path, out_dir: Path, seed: int = 0) -> None:
 def _cut(corpus: Path) -> Iterator[str]:
     """Distinct texts, cut at the end of a word."""
     seen: set[int] = set()
-    for document in read_documents(corpus):
-        text = document.text[:OWN_CHARACTERS]
-        if len(document.text) > OWN_CHARACTERS:
+    for whole in read_texts(corpus):
+        text = whole[:OWN_CHARACTERS]
+        if len(whole) > OWN_CHARACTERS:
             text = (text.rsplit(maxsplit=1) or [""])[0]
         if text and hash(text) not in seen:
             seen.add(hash(text))

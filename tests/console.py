@@ -9,6 +9,9 @@ from pathlib import Path
 SCRIPTS = Path(sys.executable).parent
 REPOSITORY = Path(__file__).parent.parent
 
+NOT_AUTOLOADED = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+"""Environment of a process that knows nothing of us unless it imports us by name."""
+
 TINY_MODEL = {
     "name": "tiny",
     "n_layer": 2,
@@ -26,8 +29,8 @@ TINY_MODEL = {
 }
 
 
-def run(command, compiled=False, check=True, **environment):
-    """Run a command, stdout and stderr together. Uncompiled unless asked: compiling takes longer than training."""
+def run(command, compiled=False, check=True, stderr=subprocess.STDOUT, **environment):
+    """Run a command, stdout and stderr together unless told. Uncompiled unless asked: it takes longer than training."""
     # `extra` imports of the console scripts must find the checkout even if it is not installed
     settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), **environment}
     if not compiled:
@@ -37,7 +40,7 @@ def run(command, compiled=False, check=True, **environment):
         env={**os.environ, **settings},
         text=True,
         stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        stderr=stderr,
         timeout=240,
     )
     assert not check or result.returncode == 0, result.stdout[-3000:]

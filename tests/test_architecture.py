@@ -7,12 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.console import REPOSITORY
+from tests.console import NOT_AUTOLOADED, REPOSITORY, run
 
 PACKAGE = REPOSITORY / "litgpt_memsinks"
 STAGES = [
     "corpus",
     "document_ids",
+    "encoding",
+    "near_duplicates",
+    "tokenizing",
+    "planning",
+    "writing",
+    "tables",
     "prepare",
     "data",
     "sinks",
@@ -22,9 +28,26 @@ STAGES = [
     "evaluate",
     "report",
 ]
-SHARED = {"errors", "files", "version", "corpus_files", "manifest", "config", "checkpoint", "metrics"}
+SHARED = {
+    "errors",
+    "files",
+    "version",
+    "mixture",
+    "corpus_files",
+    "find_files",
+    "file_formats",
+    "manifest",
+    "config",
+    "checkpoint",
+    "metrics",
+    "remote",
+    "plain_http",
+    "chunks",
+}
 """Modules that stages meet through. ``config`` names ``sinks``' version and ``model``'s classes, as LitGPT's does."""
-WHOLE = {"__init__", "__main__", "demo", "bench"}
+TOOLS = {"document_table", "document_walk", "inspect_data", "lookup", "verify"}
+"""Modules that look at a prepared folder: what `prepare` wrote, before any model."""
+WHOLE = {"__init__", "__main__", "plugin", "demo", "bench", "bench_data", "near_duplicate_table"}
 """Modules that see all stages."""
 
 
@@ -33,22 +56,31 @@ def imports(module):
     names = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
     found = {name.split(".")[1] for name in names if name.startswith("litgpt_memsinks.")}
     direct = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module == "litgpt_memsinks"]
-    return found | {alias.name for node in direct for alias in node.names if alias.name in {*STAGES, *SHARED, *WHOLE}}
+    return found | {
+        alias.name for node in direct for alias in node.names if alias.name in {*STAGES, *SHARED, *TOOLS, *WHOLE}
+    }
 
 
 def test_every_module_has_a_place():
-    assert {path.stem for path in PACKAGE.glob("*.py")} == {*STAGES, *SHARED, *WHOLE}
+    assert {path.stem for path in PACKAGE.glob("*.py")} == {*STAGES, *SHARED, *TOOLS, *WHOLE}
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_no_stage_imports_a_later_one(stage):
     later = set(STAGES[STAGES.index(stage) + 1 :])
-    assert not imports(stage) & (later | WHOLE)
+    assert not imports(stage) & (later | TOOLS | WHOLE)
 
 
 @pytest.mark.parametrize("module", sorted(SHARED - {"config", "checkpoint"}))
 def test_shared_modules_import_no_stage(module):
-    assert not imports(module) & {*STAGES, *WHOLE}
+    assert not imports(module) & {*STAGES, *TOOLS, *WHOLE}
+
+
+@pytest.mark.parametrize("module", sorted(TOOLS))
+def test_tools_import_no_stage_behind_data(module):
+    later = set(STAGES[STAGES.index("data") + 1 :])
+    assert imports(module)
+    assert not imports(module) & (later | WHOLE)
 
 
 def test_importing_the_package_replaces_one_attribute_of_litgpt():
@@ -66,6 +98,20 @@ changed = {
 }
 print(sorted(changed), sorted(name for name in set(litgpt.config.name_to_config) - names if "MemSinks" not in name))
 """
-    environment = {"PYTHONPATH": str(REPOSITORY), "PATH": str(Path(sys.executable).parent)}
+    environment = {"PYTHONPATH": str(REPOSITORY), "PATH": str(Path(sys.executable).parent), **NOT_AUTOLOADED}
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert output.stdout.strip().splitlines()[-1] == "[('litgpt.pretrain', 'main')] []"
+
+
+def test_autoloading_the_package_replaces_the_same_attribute():
+    code = """
+import inspect, litgpt.pretrain, litgpt.model, litgpt.config, litgpt.utils, litgpt.data
+for module in [litgpt.pretrain, litgpt.model, litgpt.config, litgpt.utils, litgpt.data]:
+    for key, value in vars(module).items():
+        code = getattr(value, "__code__", value if inspect.isclass(value) else type(value))
+        print("attribute", module.__name__, key, getattr(code, "co_filename", code))
+"""
+    with_us, without = (run([sys.executable, "-c", code], **env).stdout.splitlines() for env in ({}, NOT_AUTOLOADED))
+    assert len(without) > 200
+    changed = {tuple(line.split()[1:3]) for line in set(with_us) ^ set(without)}
+    assert changed == {("litgpt.pretrain", "main")}

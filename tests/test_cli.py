@@ -1,12 +1,16 @@
 """The console script: help from docstrings, one line for an error, a status that says so."""
 
 import json
+import resource
+import subprocess
+import sys
 
 import pytest
 
 from litgpt_memsinks import __version__
 from litgpt_memsinks.__main__ import COMMANDS, main
-from tests.console import SCRIPTS, memsinks, run
+from litgpt_memsinks.manifest import Manifest
+from tests.console import REPOSITORY, SCRIPTS, memsinks, run
 
 
 def test_help_lists_every_command_with_its_docstring():
@@ -91,3 +95,42 @@ def test_tokenizer_and_corpus_commands(tmp_path, capsys):
     main(["tokenizer", "--corpus", str(tmp_path / "corpus"), "--out_dir", str(tmp_path / "tokenizer")])
     assert (tmp_path / "tokenizer/tokenizer.json").is_file()
     assert len((tmp_path / "corpus/train.jsonl").read_text().splitlines()) == 20
+
+
+def test_no_space_is_one_line(tmp_path, corpus_dir, tokenizer_dir):
+    arguments = ["--train", corpus_dir / "train.jsonl", "--out_dir", tmp_path / "out", "--tokenizer_dir", tokenizer_dir]
+    command = [sys.executable, "-m", "litgpt_memsinks", "prepare", *map(str, arguments)]
+    limit = 20_000  # bytes in a file: the tokens take 178,000, in a worker process
+    result = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=REPOSITORY,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert result.returncode == 1
+    assert result.stderr.strip().splitlines()[-1].startswith("Error: [Errno 27] File too large")
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["prepare", "merge"])
+def test_output_must_be_local(command, tmp_path, tokenizer_dir, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = {"prepare": ["--train", "x.jsonl", "--tokenizer_dir", str(tokenizer_dir)], "merge": ["--shards", "x.*"]}
+    with pytest.raises(SystemExit, match="out_dir is 's3:/bucket/out', but it must be a local folder"):
+        main([command, "--out_dir", "s3://bucket/out", *given[command]])
+    assert not list(tmp_path.iterdir())
+
+
+def test_shards_are_merged_by_a_pattern(tmp_path, corpus_dir, tokenizer_dir):
+    arguments = ["prepare", "--train", str(corpus_dir / "train.jsonl"), "--tokenizer_dir", str(tokenizer_dir)]
+    for shard in ("0/2", "1/2"):
+        main([*arguments, "--out_dir", str(tmp_path / "x"), "--shard", shard])
+    main(["merge", "--shards", str(tmp_path / "x.shard-*"), "--out_dir", str(tmp_path / "x")])
+    main([*arguments, "--out_dir", str(tmp_path / "whole")])
+    merged, whole = (Manifest.read(tmp_path / name) for name in ("x", "whole"))
+    assert merged.splits == whole.splits
+    with pytest.raises(SystemExit, match="There are no shards"):
+        main(["merge", "--shards", str(tmp_path / "y.shard-*"), "--out_dir", str(tmp_path / "y")])

@@ -12,7 +12,8 @@ from litgpt_memsinks.config import MemSinksConfig
 from litgpt_memsinks.demo import ARMS
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-ALL = sorted(RECIPES.rglob("*.yaml"))
+ALL = sorted(path for path in RECIPES.rglob("*.yaml") if "data" not in path.relative_to(RECIPES).parts[:-1])
+"""The training recipes; those of `recipes/data` are covered by test_data_recipes.py."""
 
 
 def parse(recipe):
