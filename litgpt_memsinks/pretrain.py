@@ -9,7 +9,7 @@ run gets LitGPT's own ``main``, untouched.
 import shutil
 import sys
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from functools import wraps
+from functools import partial, wraps
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +21,7 @@ import torch
 import yaml
 from litgpt.config import Config
 from litgpt.data import DataModule
+from litgpt.pretrain import fit as base_fit
 from litgpt.pretrain import main as base_main
 from litgpt.utils import chunked_cross_entropy, find_resume_path
 
@@ -28,6 +29,7 @@ from litgpt_memsinks.config import SINK_DEFAULTS, MemSinksConfig
 from litgpt_memsinks.data import MemSinksData
 from litgpt_memsinks.errors import MemSinksError
 from litgpt_memsinks.model import GPT
+from litgpt_memsinks.run import Run
 
 NO_COMPILER = (
     "No C++ compiler was found (install g++, or set CXX): torch.compile is skipped and training runs eagerly, which is "
@@ -94,9 +96,19 @@ def _main_with_sinks(
     if initial_checkpoint_dir is not None:
         check_same_sinks(sink_config, initial_checkpoint_dir)
     fabric.print(describe(sink_config))
+    run = Run(
+        fabric,
+        sink_config,
+        data,
+        train,
+        kwargs["eval"],
+        out_dir,
+        devices=kwargs["devices"],
+        num_nodes=kwargs["num_nodes"],
+    )
     with ExitStack() as stack:
         stack.enter_context(compilation(fabric))
-        stack.enter_context(mock.patch.multiple(litgpt.pretrain, **replacements()))
+        stack.enter_context(mock.patch.multiple(litgpt.pretrain, **replacements(run)))
         base_main(
             fabric,
             config=sink_config,
@@ -110,19 +122,25 @@ def _main_with_sinks(
         )
 
 
-def replacements() -> dict[str, Any]:
+def replacements(run: Run) -> dict[str, Any]:
     """The names in ``litgpt.pretrain`` that a run with sinks replaces.
 
     Raises:
         MemSinksError: If the installed LitGPT does not have one of them.
     """
-    names = {"GPT": GPT, "chunked_cross_entropy": pair_cross_entropy}
+    names = {"GPT": GPT, "chunked_cross_entropy": pair_cross_entropy, "fit": partial(fit, run)}
     if missing := [name for name in names if not hasattr(litgpt.pretrain, name)]:
         raise MemSinksError(
             f"litgpt {version('litgpt')} has no {', '.join(missing)} in litgpt.pretrain, which training with sinks "
             "replaces. Install a release that litgpt-memsinks supports (0.5.13 does)."
         )
     return names
+
+
+def fit(run: Run, *args: Any, state: dict[str, Any], **kwargs: Any) -> None:
+    """LitGPT's ``fit``, whose state the run keeps in sight."""
+    run.state = state
+    base_fit(*args, state=state, **kwargs)
 
 
 def describe(config: MemSinksConfig) -> str:

@@ -23,6 +23,7 @@ STAGES = [
     "data",
     "sinks",
     "model",
+    "run",
     "pretrain",
     "drop_sinks",
     "evaluate",

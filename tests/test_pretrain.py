@@ -269,7 +269,7 @@ def test_checkpoint_that_says_nothing_of_sinks_is_a_start_for_any(content, tmp_p
 def test_litgpt_without_a_name_we_replace_is_refused(monkeypatch):
     monkeypatch.delattr("litgpt.pretrain.chunked_cross_entropy")
     with pytest.raises(pretrain.MemSinksError, match="has no chunked_cross_entropy"):
-        pretrain.replacements()
+        pretrain.replacements(None)
 
 
 @pytest.mark.parametrize(

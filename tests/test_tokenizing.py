@@ -407,7 +407,8 @@ def test_a_unit_that_an_orphan_finishes_is_taken(
     tokenizing._read_unit(unit)
     assert [folder.name for folder in (tmp_path / "units").iterdir()] == [unit.name]
     done = find_unit(unit, [tmp_path / "units"])
-    assert done is not None and done.info.documents == 20
+    assert done is not None
+    assert done.info.documents == 20
 
 
 # ------------------------------------------------------------------------------------------------------------- Ctrl-C

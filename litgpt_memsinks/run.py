@@ -1,0 +1,36 @@
+"""What the parts of a training run with sinks share: its settings, and LitGPT's training state once there is one."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from litgpt.args import EvalArgs, TrainArgs
+
+from litgpt_memsinks.config import MemSinksConfig
+from litgpt_memsinks.data import MemSinksData
+
+
+@dataclass
+class Run:
+    """One call of ``litgpt.pretrain.main`` with sinks."""
+
+    fabric: L.Fabric
+    """Launched"""
+    config: MemSinksConfig
+    """Of the model"""
+    data: MemSinksData
+    """Where tokens and IDs come from"""
+    train: TrainArgs
+    """LitGPT's training settings"""
+    eval: EvalArgs
+    """LitGPT's validation settings"""
+    out_dir: Path
+    """Folder of the checkpoints"""
+    devices: int
+    """Devices per node"""
+    num_nodes: int
+    """Nodes"""
+    state: dict[str, Any] = field(default_factory=dict)
+    """LitGPT's training state, with ``iter_num`` in micro batches and ``step_count`` in optimizer steps; empty until
+    training begins"""
