@@ -96,7 +96,10 @@ def mix(hashes: npt.NDArray[np.uint64], *salt: str | int) -> npt.NDArray[np.uint
 
 
 def interleave(
-    tokens: npt.NDArray[np.int32], ids: npt.NDArray[np.int32], lengths: npt.NDArray[np.integer]
+    tokens: npt.NDArray[np.int32],
+    ids: npt.NDArray[np.int32],
+    lengths: npt.NDArray[np.integer],
+    out: npt.NDArray[np.int32] | None = None,
 ) -> npt.NDArray[np.int32]:
     """Put its document's ID behind each token (App. I.1): ``t0 id t1 id ...``.
 
@@ -104,11 +107,12 @@ def interleave(
         tokens: Of documents one after another, shape ``(n_tokens,)``.
         ids: Sequence ID of each document, shape ``(n_documents,)``.
         lengths: Tokens of each document, same shape.
+        out: Where to write, int32 of shape ``(2 * n_tokens,)``; new memory by default.
 
     Returns:
         int32 of shape ``(2 * n_tokens,)``.
     """
-    stream = np.empty((len(tokens), 2), dtype=np.int32)
-    stream[:, 0] = tokens
-    stream[:, 1] = np.repeat(ids, lengths)
-    return stream.reshape(-1)
+    stream = np.empty(2 * len(tokens), dtype=np.int32) if out is None else out
+    stream[0::2] = tokens
+    stream[1::2] = np.repeat(ids, lengths)
+    return stream

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -132,9 +133,15 @@ def scored_rows(rows: np.ndarray, takers: Sequence[Taker], token_files: Sequence
         _named(rows, [taker.name for taker in takers]),
         rows["digest"],
         rows["id"],
-        [read_tokens(token_files[unit], offset, length) for unit, offset, length in places],
+        _lists([read_tokens(token_files[unit], offset, length) for unit, offset, length in places]),
     ]
     return pa.table(columns, schema=EVALUATION_SCHEMA)
+
+
+def _lists(arrays: Sequence[npt.NDArray[np.int32]]) -> pa.ListArray:
+    """A column of lists, without a Python object for each number."""
+    ends = np.cumsum([0, *map(len, arrays)])
+    return pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(np.concatenate(arrays)))
 
 
 def _is_scored(rows: np.ndarray, takers: Sequence[Taker]) -> np.ndarray:

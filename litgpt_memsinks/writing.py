@@ -96,6 +96,7 @@ class ChunkWriter:
 
     def __init__(self, entries: Path, token_files: Sequence[Path]) -> None:
         self.entries, self.token_files = entries, token_files
+        self._memory = np.empty(0, dtype=np.int32)
 
     @cached_property
     def _file(self) -> Callable[[int], BinaryIO]:
@@ -110,13 +111,22 @@ class ChunkWriter:
         entries["offset"][0] += piece.skip
         entries["length"][0] -= piece.skip
         entries["length"][-1] -= int(entries["length"].sum(dtype=np.int64)) - piece.tokens
-        tokens = np.empty(piece.tokens, dtype=np.int32)
+        tokens, stream = self._buffers(piece.tokens)
         position = 0
         for unit, offset, length in entries[["unit", "offset", "length"]].tolist():
             own = os.pread(self._file(unit).fileno(), 4 * length, 4 * offset)
             tokens[position : position + length] = np.frombuffer(own, dtype=np.int32)
             position += length
-        yield torch.from_numpy(interleave(tokens, entries["id"], entries["length"]))
+        yield torch.from_numpy(interleave(tokens, entries["id"], entries["length"], out=stream))
+
+    def _buffers(self, tokens: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+        """Memory for tokens and for the stream, used again for each chunk: litdata copies one before it asks for more.
+
+        New memory costs as much as filling it.
+        """
+        if len(self._memory) < 3 * tokens:
+            self._memory = np.empty(3 * tokens, dtype=np.int32)
+        return self._memory[:tokens], self._memory[tokens : 3 * tokens]
 
 
 def _dying_with_parent(function: Callable[..., None]) -> Callable[..., None]:

@@ -1,5 +1,7 @@
 """Encoding many documents at once, against LitGPT's own tokenizer, one text at a time."""
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -123,12 +125,29 @@ def test_words_are_encoded_once(tokenizer_dir: Path, monkeypatch: pytest.MonkeyP
     encoder = Encoder(load_tokenizer(tokenizer_dir))
     asked: list[str] = []
     learn = Encoder._learn
-    monkeypatch.setattr(Encoder, "_learn", lambda self, new: (asked.extend(new), learn(self, new))[1])
+    monkeypatch.setattr(Encoder, "_learn", lambda self, missed: (asked.extend(missed), learn(self, missed))[1])
     encoder(["the cat saw the dog", "the cat  sat"])
-    assert sorted(asked) == sorted(["the", " cat", " saw", " the", " dog", " cat  sat"])
+    assert sorted(asked) == sorted(
+        [" the", "cat", "saw", "the", "dog", "cat  sat"]
+    )  # the first piece has a space in front
     asked.clear()
     encoder(["the dog saw the cat", "the cat  sat"])
-    assert asked == [" cat  sat"]  # two spaces: not one word, so not kept
+    assert asked == ["cat  sat"]  # two spaces: not one word, so not kept
+
+
+def test_threads_share_an_encoder(tokenizer_dir: Path) -> None:
+    """As `prepare` does where there are more cores than files."""
+    encoder = Encoder(load_tokenizer(tokenizer_dir))
+    batches = [[f"{text} {number} x{index}" for index, text in enumerate(stories(40))] for number in range(32)]
+    expected = [[tokens.tolist() for tokens in Encoder(encoder.tokenizer)(batch)] for batch in batches]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # they take turns all the time
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(encoder, batches))
+    finally:
+        sys.setswitchinterval(interval)
+    assert [[tokens.tolist() for tokens in batch] for batch in found] == expected
 
 
 def test_table_of_words_is_bounded(tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
