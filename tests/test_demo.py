@@ -8,7 +8,7 @@ import threading
 import pytest
 from rich.progress import Progress
 
-from litgpt_memsinks import bench, demo
+from litgpt_memsinks import demo
 from litgpt_memsinks.errors import MemSinksError
 from tests.console import REPOSITORY
 
@@ -117,15 +117,3 @@ def test_bad_settings(setting, message, tmp_path):
 def test_missing_recipes_say_what_to_do(tmp_path):
     with pytest.raises(MemSinksError, match="Run the demo in the repository"):
         demo.demo(out_dir=tmp_path / "demo", recipes=tmp_path)
-
-
-def test_bench_times_every_contender_in_turn(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(bench, "SHARED_FRACTIONS", (0.5,))
-    bench.bench(rounds=3, compiled=False, out_file=tmp_path / "bench.json")
-    measurements = json.loads((tmp_path / "bench.json").read_text())["measurements"]
-    assert [one["model"] for one in measurements] == ["stock", "stock again", "sinks, g = 0.5"]
-    assert measurements[0]["ratio"] == 1.0
-    assert all(one["seconds_per_step"] > 0 for one in measurements)
-    assert "stock again" in capsys.readouterr().out
-    with pytest.raises(MemSinksError, match="rounds is 2"):
-        bench.bench(rounds=2)

@@ -1,0 +1,122 @@
+"""`make bench`: what it measures is what it says. Its figures are never asserted."""
+
+import json
+
+import pytest
+import torch
+
+from litgpt_memsinks import bench, bench_loader
+from litgpt_memsinks.data import MemSinksData
+from litgpt_memsinks.errors import MemSinksError
+
+
+@pytest.fixture
+def settings(tiny_config):
+    return bench.Settings("cpu", tiny_config, 2, 16, [0.5], 3)
+
+
+def test_bench_measures_every_contender_in_turn(monkeypatch, tiny_config, tmp_path, capsys):
+    monkeypatch.setattr(bench, "small_config", lambda: tiny_config)
+    monkeypatch.setattr(bench, "bench_loader", lambda: [{"loader": "pairs"}])
+    threads = torch.get_num_threads()
+    try:
+        bench.bench(rounds=3, compiled=False, shared_fractions=[0.5], out_file=tmp_path / "bench.json")
+    finally:
+        torch.set_num_threads(threads)
+    found = json.loads((tmp_path / "bench.json").read_text())
+    assert found.keys() == {
+        *("date", "hardware", "versions", "model", "micro_batch_size", "block_size", "rounds", "steps", "loader")
+    }
+    stock, again, sinks = found["steps"]
+    assert [one["model"] for one in found["steps"]] == ["stock", "stock again", "sinks, g = 0.5"]
+    assert stock["ratio"] == stock["memory_ratio"] == 1.0
+    assert again["memory_ratio"] == 1.0
+    assert sinks["memory_ratio"] > 1  # the mask, at least
+    assert stock["tokens_per_second"] == pytest.approx(
+        found["micro_batch_size"] * found["block_size"] / stock["seconds_per_step"]
+    )
+    assert "stock again" in capsys.readouterr().out
+
+
+def test_contenders_train_on_the_same_tokens(settings):
+    made = bench.contenders(settings, compiled=False)
+    stock, again, sinks = made.values()
+    assert torch.equal(stock.batch, again.batch)
+    assert torch.equal(stock.batch, sinks.batch[..., 0])
+    assert sinks.batch.shape == (2, 17, 2)
+    before = [parameter.clone() for parameter in sinks.model.parameters()]
+    sinks.step()
+    assert all(
+        not torch.equal(old, new) for old, new in zip(before, sinks.model.parameters(), strict=True)
+    )  # by AdamW's weight decay, if by nothing else
+
+
+def test_peak_memory_is_what_is_held_at_once(settings, monkeypatch):
+    contender = bench.contenders(settings, compiled=False)["stock"]
+    contender.step()
+
+    def step():
+        first = torch.empty(1_000_000, dtype=torch.uint8)
+        del first
+        second, third = torch.empty(2_000_000, dtype=torch.uint8), torch.empty(500_000, dtype=torch.uint8)
+        del second, third
+
+    monkeypatch.setattr(contender, "step", step)
+    weights = sum(parameter.numel() for parameter in contender.model.parameters())
+    steps = len(list(contender.model.parameters()))  # AdamW counts them in a float each
+    buffers = sum(buffer.nbytes for buffer in contender.model.buffers())
+    assert contender.peak_memory() == 3 * 4 * weights + 4 * steps + buffers + 2_500_000
+
+
+@pytest.mark.parametrize("most", [1, 8])
+def test_largest_batch_is_the_last_that_fits(settings, monkeypatch, most):
+    def contenders(settings, compiled):
+        if settings.micro_batch_size > most:
+            raise torch.cuda.OutOfMemoryError
+        return {}
+
+    monkeypatch.setattr(bench, "contenders", contenders)
+    assert bench.largest_batch(settings) == most
+
+
+def test_a_model_that_does_not_fit_is_one_line(settings, monkeypatch):
+    def contenders(settings, compiled):
+        raise torch.cuda.OutOfMemoryError
+
+    monkeypatch.setattr(bench, "contenders", contenders)
+    with pytest.raises(MemSinksError, match="does not fit into the GPU with one row"):
+        bench.largest_batch(settings)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rounds": 2}, "rounds is 2"),
+        ({"micro_batch_size": 0}, "micro_batch_size is 0"),
+        pytest.param(
+            {"device": "cuda"},
+            "finds no GPU here",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+    ],
+)
+def test_bad_settings(arguments, message):
+    with pytest.raises(MemSinksError, match=message):
+        bench.bench(**arguments)
+
+
+def test_loaders_yield_the_same_rows(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench_loader, "_STORIES", 600)
+    bench_loader.make_streams(tmp_path)
+    rows = {}
+    for name in ("LitData", "pairs"):
+        loader = bench_loader._loader(tmp_path, name, 0)
+        tokens = [batch[..., 0] if name == "pairs" else batch for batch in loader]
+        rows[name] = {tuple(row.tolist()) for row in torch.cat(tokens)}
+    assert rows["LitData"] == rows["pairs"]
+    assert len(rows["pairs"]) > 50
+    assert isinstance(MemSinksData(data_path=tmp_path / "pairs").check(1024, 256, 8).splits, dict)
+    measured = bench_loader._measure(tmp_path, 0, 2)
+    assert [one.loader for one in measured] == list(bench_loader.CONTENDERS)
+    assert measured[0].ratio == 1.0
+    assert capsys.readouterr().out.strip() == ""  # a finished progress bar leaves an empty line
