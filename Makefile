@@ -33,7 +33,7 @@ check: setup
 	$(VENV)/bin/mypy
 
 bench: setup
-	$(VENV)/bin/litgpt-memsinks bench
+	KINETO_LOG_LEVEL=99 $(VENV)/bin/litgpt-memsinks bench  # PyTorch's profiler says nothing of itself
 	$(VENV)/bin/litgpt-memsinks bench_data $(if $(CORPUS),--corpus $(CORPUS))
 
 clean:
