@@ -85,7 +85,8 @@ class WatchArgs:
     seed: int = 0
     """Seed of the sample"""
     evaluation_file: Path | None = None
-    """Local copy of the prepared folder's evaluation.parquet, for data in an object store. By default the folder's"""
+    """Local copy of the prepared folder's evaluation.parquet, for data in an object store; rank 0 reads it. By default
+    the folder's"""
 
     def check(self) -> None:
         """Refuse values out of range.
@@ -99,11 +100,6 @@ class WatchArgs:
                 raise MemSinksError(f"watch.{name} is {value}, but it must be an integer, at least 0 (watch none).")
         if not isinstance(self.seed, int):
             raise MemSinksError(f"watch.seed is {self.seed}, but it must be an integer.")
-        if self.evaluation_file is not None and not Path(self.evaluation_file).is_file():
-            raise MemSinksError(
-                f"watch.evaluation_file is {str(self.evaluation_file)!r}, which is no file. Copy the prepared data's "
-                "evaluation.parquet there, or leave the setting out."
-            )
 
 
 PAPER_SINKS = SinkArgs(shared_fraction=0.7, active_probability=0.3)

@@ -134,11 +134,10 @@ class Watch:
 
         Not in LitGPT's sanity check, which has ``verbose=False``.
         """
+        if self._measured_at is None:
+            self.start()
         val_loss = self.base_validate(fabric, model, val_dataloader, max_iters=max_iters, verbose=verbose)
         iter_num = self.run.state["iter_num"]
-        first = self._measured_at is None
-        if first:
-            self.start()
         if verbose and self.watched is not None:
             step = iter_num if self._is_final(iter_num) else max(iter_num - 1, 0)
             if iter_num != self._measured_at or not self.values:  # else nothing was trained in between
@@ -195,6 +194,11 @@ class Watch:
                 )
             path = Path(run.data.data_path) / EVALUATION
         if not path.is_file():
+            if args.evaluation_file is not None:
+                raise MemSinksError(
+                    f"data.watch.evaluation_file is {str(path)!r}, which is no file. Copy the prepared data's "
+                    f"{EVALUATION} there, or leave the setting out."
+                )
             return f"{str(path)!r} is missing. Copy it from where the data was prepared, or prepare the data again."
         block_size = run.train.max_seq_length or run.config.block_size
         numbers: dict[ScoredSplit, int] = {"repeated": args.documents, "val": args.validation_documents}

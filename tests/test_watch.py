@@ -555,7 +555,6 @@ BAD = {
     "documents": [(-1, "-1"), (1.5, "1.5"), ("many", "many")],
     "validation_documents": [(-64, "-64"), (None, "None")],
     "seed": [("a", "a")],
-    "evaluation_file": [(Path("/nowhere/x.parquet"), "'/nowhere/x.parquet'")],
 }
 
 
@@ -591,6 +590,11 @@ def test_object_store_needs_a_copy_of_the_documents(prepared: Path, tmp_path: Pa
     run = make_run("s3://bucket/mine", evaluation_file=prepared / "evaluation.parquet")
     run.data._copy = lacking(tmp_path, prepared)
     assert measured(run) == measured(make_run(prepared))
+
+
+def test_named_file_that_is_not_there_is_refused(prepared: Path, tmp_path: Path) -> None:
+    with pytest.raises(MemSinksError, match=r"^data\.watch\.evaluation_file is '.*/none', which is no file\. Copy"):
+        started(make_run(prepared, evaluation_file=tmp_path / "none"))
 
 
 def test_documents_of_another_folder_are_refused(prepared: Path, several: Path) -> None:
