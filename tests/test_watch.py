@@ -429,10 +429,15 @@ def test_random_state_is_left_alone(several: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------- steps
 
 
+@pytest.mark.parametrize("iterations", [12, 13])
 def test_steps_are_those_of_litgpts_own_validation(
-    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    prepared: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    iterations: int,
 ) -> None:
-    """With accumulation, an initial validation, and a last one in the loop at the iteration of the final one."""
+    """With an initial validation; the final one is at the iteration of the last in the loop, or amid accumulation."""
     monkeypatch.setattr(sys, "argv", ["litgpt", "tiny"])  # LitGPT keeps the command line with the checkpoint
     with torch.compiler.set_stance("force_eager"):
         setup(
@@ -447,7 +452,7 @@ def test_steps_are_those_of_litgpts_own_validation(
                 global_batch_size=8,
                 micro_batch_size=4,
                 lr_warmup_steps=2,
-                max_tokens=12 * 4 * T,
+                max_tokens=iterations * 4 * T,
                 max_seq_length=T,
                 max_norm=1.0,
                 tie_embeddings=True,
@@ -460,10 +465,11 @@ def test_steps_are_those_of_litgpts_own_validation(
         rows = list(csv.DictReader(file))
     watched = [(int(row["step"]), row["memorised/own"]) for row in rows if row["memorised/own"]]
     steps = [step for step, _ in watched]
-    assert steps == [0, *(int(row["step"]) for row in rows if row["val_loss"])] == [0, 5, 11, 12]
-    assert watched[2][1] == watched[3][1]  # of the same weights
+    assert steps == [0, *(int(row["step"]) for row in rows if row["val_loss"])] == [0, 5, 11, iterations]
+    # two micro batches make a step, so the same weights are measured twice
+    assert watched[2][1] == watched[3][1]
     printed = [line.split(":")[0] for line in capsys.readouterr().out.splitlines() if ": val/validation" in line]
-    assert printed == ["iter 0", "iter 6", "iter 12", "iter 12"]
+    assert printed == ["iter 0", "iter 6", "iter 12", f"iter {iterations}"]
 
 
 def test_sanity_check_is_not_watched_and_the_value_is_litgpts(several: Path) -> None:
@@ -499,7 +505,7 @@ results = {}
 for name, strategy in {"ddp": DDPStrategy(), "fsdp": ModelParallelStrategy(shard)}.items():
     fabric = L.Fabric(accelerator="cpu", devices=2, strategy=strategy)
     fabric.launch()
-    run = make_run(Path(sys.argv[1]), fabric, micro_batch_size=3, documents=6, validation_documents=5)
+    run = make_run(Path(sys.argv[1]), fabric, micro_batch_size=4, documents=6, validation_documents=5)
     watch, model = started(run), Counted(make_model(run))
     wrapped = fabric.setup(model)
     results[name] = {"values": watch.measure(watch.watched, wrapped), "shapes": model.shapes}
@@ -535,14 +541,14 @@ def test_two_ranks_give_the_values_of_one(several: Path) -> None:
     outputs = [rank.communicate(timeout=240)[0] for rank in ranks]
     for rank, output in zip(ranks, outputs, strict=True):
         assert rank.returncode == 0, output[-3000:]
-    # 12 + 10 rows are 8 batches of 3, 4 on each rank; 12 rows with their own sinks 4, 2 on each
-    assert sum("each validation takes 6 more forward passes of 3 x 32" in output for output in outputs) == 1
+    # 12 + 10 rows are 6 batches of 4, 3 on each rank; 12 rows with their own sinks 3, so that one of 2 x 2 is empty
+    assert sum("each validation takes 5 more forward passes of 4 x 32" in output for output in outputs) == 1
     results = [json.loads(output.split("RESULT ")[1].splitlines()[0]) for output in outputs]
-    run = make_run(several, micro_batch_size=3, documents=6, validation_documents=5)
+    run = make_run(several, micro_batch_size=4, documents=6, validation_documents=5)
     alone = measured(run)
     for result in results:
         for strategy in ("ddp", "fsdp"):
-            assert result[strategy]["shapes"] == [[3, T]] * 6
+            assert result[strategy]["shapes"] == [[4, T]] * 5
             assert result[strategy]["values"] == pytest.approx(alone, abs=1e-6)
             assert set(result[strategy]["values"]) == NAMES
     assert results[0]["ddp"] == results[1]["ddp"]
