@@ -5,6 +5,7 @@ Shared by all stages; not a stage itself.
 
 import copy
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, Literal
 
 import litgpt.config
@@ -71,6 +72,34 @@ def _check_fraction(name: str, value: float | None) -> None:
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise MemSinksError(f"sinks.{name} is {value!r}. Choose from: {', '.join(choices)}.")
+
+
+@dataclass
+class WatchArgs:
+    """What is measured at each validation besides LitGPT's ``val_loss``, on a fixed sample of documents."""
+
+    documents: int = 64
+    """Repeated documents of each source that repeats: one row each, of one block at most. 0 watches none"""
+    validation_documents: int = 64
+    """Documents of each validation set: one row each, of one block at most. 0 watches none"""
+    seed: int = 0
+    """Seed of the sample"""
+    evaluation_file: Path | None = None
+    """Local copy of the prepared folder's evaluation.parquet, for data in an object store; rank 0 reads it. By default
+    the folder's"""
+
+    def check(self) -> None:
+        """Refuse values out of range.
+
+        Raises:
+            MemSinksError: Naming the field, its value and the limit.
+        """
+        for name in ("documents", "validation_documents"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 0:
+                raise MemSinksError(f"watch.{name} is {value}, but it must be an integer, at least 0 (watch none).")
+        if not isinstance(self.seed, int):
+            raise MemSinksError(f"watch.seed is {self.seed}, but it must be an integer.")
 
 
 PAPER_SINKS = SinkArgs(shared_fraction=0.7, active_probability=0.3)

@@ -18,7 +18,7 @@ from litgpt.tokenizer import Tokenizer
 from torch.utils.data import DataLoader
 
 from litgpt_memsinks.chunks import read_index
-from litgpt_memsinks.config import SinkArgs
+from litgpt_memsinks.config import SinkArgs, WatchArgs
 from litgpt_memsinks.errors import MemSinksError
 from litgpt_memsinks.manifest import MANIFEST, TOKENIZER, TOKENIZER_FILES, Manifest, tokenizer_fingerprint
 from litgpt_memsinks.remote import check_url, copy_files, is_url
@@ -63,6 +63,8 @@ class MemSinksData(LitData):
     """How many DataLoader processes to use for loading"""
     sinks: SinkArgs = field(default_factory=SinkArgs)
     """Hyperparameters of the memorization sinks"""
+    watch: WatchArgs = field(default_factory=WatchArgs)
+    """What is measured at each validation besides ``val_loss``"""
     storage_options: dict[str, Any] | None = field(default=None, repr=False)
     """How to reach the object store, e.g. ``{"endpoint_url": "http://localhost:9000"}``: arguments of boto3's S3
     client, or of the client that litdata uses for another store. LitGPT prints and logs them with the run, so keep
@@ -125,6 +127,7 @@ class MemSinksData(LitData):
             raise MemSinksError("data.split_names is null, but training and validation differ. Use [train, val].")
         if self.num_workers < 0:
             raise MemSinksError(f"data.num_workers is {self.num_workers}, but it must be at least 0.")
+        self.watch.check()
         folder, remote = self._folder(), is_url(self.data_path)
         named = str(self.data_path).rstrip("/") if remote else str(folder)
         with _naming(folder, named):

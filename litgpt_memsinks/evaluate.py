@@ -12,7 +12,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-import pyarrow.parquet as pq
 import torch
 from litgpt.model import GPT as BaseGPT
 from rich.console import Console
@@ -22,24 +21,12 @@ from rich.table import Table
 from litgpt_memsinks.checkpoint import load_model
 from litgpt_memsinks.errors import MemSinksError
 from litgpt_memsinks.files import refuse_to_overwrite, write_json
-from litgpt_memsinks.manifest import EVALUATION, Manifest, tokenizer_fingerprint
-from litgpt_memsinks.metrics import IGNORED, document_losses, gap_closed, relative_change
+from litgpt_memsinks.manifest import Manifest, tokenizer_fingerprint
+from litgpt_memsinks.metrics import document_losses, gap_closed, relative_change
 from litgpt_memsinks.model import GPT
+from litgpt_memsinks.scored import Scored, pad, read_scored
 
 State = Literal["dropped", "own", "placebo"]
-
-
-@dataclass
-class Scored:
-    """Documents to score.
-
-    Attributes:
-        tokens: Tokens of each document, int64 ``(n_tokens,)``.
-        sequence_ids: ID of each document, int64 ``(n_documents,)``.
-    """
-
-    tokens: list[torch.Tensor]
-    sequence_ids: torch.Tensor
 
 
 @dataclass
@@ -68,54 +55,6 @@ class Result:
     """Validation documents, sinks dropped"""
     repeated: dict[State, Loss]
     """Repeated documents in each state; only ``dropped`` for a model without sinks"""
-
-
-def read_scored(data_path: Path, split: Literal["repeated", "val"], limit: int | None = None) -> Scored:
-    """Read the documents of a prepared folder that are scored.
-
-    Args:
-        data_path: The prepared folder.
-        split: Repeated or validation documents.
-        limit: At most so many.
-
-    Raises:
-        MemSinksError: If the folder is not whole or there is no such document.
-    """
-    Manifest.read(data_path)
-    if not (data_path / EVALUATION).is_file():
-        raise MemSinksError(f"{str(data_path / EVALUATION)!r} is missing. Copy the folder again, or prepare it anew.")
-    table = pq.read_table(data_path / EVALUATION, filters=[("split", "=", split)])
-    table = table.slice(0, limit)
-    if not table.num_rows:
-        raise MemSinksError(
-            f"{str(data_path)!r} has no {split} documents to score. Prepare it with --repeated_documents and --repeats."
-        )
-    return Scored(
-        [torch.tensor(tokens) for tokens in table["tokens"].to_pylist()],
-        torch.tensor(table["sequence_id"].to_pylist()),
-    )
-
-
-def pad(documents: Sequence[torch.Tensor], block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Make rows of inputs and targets, one document each, from its first token over at most one block.
-
-    Padding is on the right, where causal attention keeps it from changing anything that is scored.
-
-    Args:
-        documents: Tokens, each ``(n_tokens,)``.
-        block_size: Most targets of a document.
-
-    Returns:
-        Inputs and targets, int64 ``(B, T)``; padded targets are ``IGNORED``.
-    """
-    rows = [document[: block_size + 1] for document in documents]
-    longest = max(max(len(row) for row in rows) - 1, 1)
-    inputs = torch.zeros(len(rows), longest, dtype=torch.int64)
-    targets = torch.full((len(rows), longest), IGNORED)
-    for index, row in enumerate(rows):
-        inputs[index, : len(row) - 1] = row[:-1]
-        targets[index, : len(row) - 1] = row[1:]
-    return inputs, targets
 
 
 @torch.inference_mode()

@@ -7,6 +7,17 @@ IGNORED = -100
 """Target of positions that are not scored, such as padding."""
 
 
+def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood of each target, float32 ``(B, T)``; 0 where nothing is scored.
+
+    Args:
+        logits: ``(B, T, vocabulary)``.
+        targets: Token to predict at each position, ``(B, T)``; ``IGNORED`` is not scored.
+    """
+    losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none", ignore_index=IGNORED)
+    return losses.view_as(targets)
+
+
 def document_losses(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Sum of each row's negative log-likelihoods, and the number of its targets.
 
@@ -17,8 +28,7 @@ def document_losses(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.
     Returns:
         Nats, float64 ``(B,)``, and counts, int64 ``(B,)``. A row without targets has both 0.
     """
-    losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none", ignore_index=IGNORED)
-    return losses.view_as(targets).double().sum(1), (targets != IGNORED).sum(1)
+    return token_losses(logits, targets).double().sum(1), (targets != IGNORED).sum(1)
 
 
 def gap_closed(repeated: float, repeated_standard: float, repeated_left_out: float) -> float:

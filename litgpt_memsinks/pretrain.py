@@ -23,6 +23,7 @@ from litgpt.config import Config
 from litgpt.data import DataModule
 from litgpt.pretrain import fit as base_fit
 from litgpt.pretrain import main as base_main
+from litgpt.pretrain import validate as base_validate
 from litgpt.utils import chunked_cross_entropy, find_resume_path
 
 from litgpt_memsinks.config import SINK_DEFAULTS, MemSinksConfig
@@ -30,6 +31,7 @@ from litgpt_memsinks.data import MemSinksData
 from litgpt_memsinks.errors import MemSinksError
 from litgpt_memsinks.model import GPT
 from litgpt_memsinks.run import Run
+from litgpt_memsinks.watch import Watch
 
 NO_COMPILER = (
     "No C++ compiler was found (install g++, or set CXX): torch.compile is skipped and training runs eagerly, which is "
@@ -128,7 +130,8 @@ def replacements(run: Run) -> dict[str, Any]:
     Raises:
         MemSinksError: If the installed LitGPT does not have one of them.
     """
-    names = {"GPT": GPT, "chunked_cross_entropy": pair_cross_entropy, "fit": partial(fit, run)}
+    names: dict[str, Any] = {"GPT": GPT, "chunked_cross_entropy": pair_cross_entropy, "fit": partial(fit, run)}
+    names["validate"] = Watch(run, base_validate).validate
     if missing := [name for name in names if not hasattr(litgpt.pretrain, name)]:
         raise MemSinksError(
             f"litgpt {version('litgpt')} has no {', '.join(missing)} in litgpt.pretrain, which training with sinks "
