@@ -1,6 +1,7 @@
 """What `launch.py` chooses and refuses, without starting other processes; test_distributed.py starts them."""
 
 import inspect
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -123,6 +124,66 @@ def test_setting_is_refused_in_one_line_before_any_process_starts(prepared, tmp_
     errors = [line for line in result.stdout.splitlines() if line.startswith("Error: ")]
     assert errors == [result.stdout.strip().splitlines()[-1]]
     assert "launch.shard_size is 2, which does not divide 1 node(s) of 3 devices" in errors[0]
+
+
+@pytest.mark.parametrize(("batch_size", "workers"), [(4, 0), (9, 0), (40, 0), (9, 2)])
+def test_loaders_know_how_many_batches_litdata_gives_each_process(
+    batch_size: int, workers: int, prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`check_batches` compares their lengths: equal on all processes, and as many as come."""
+    data = MemSinksData(data_path=prepared, num_workers=workers)
+    data.connect(batch_size=batch_size, max_seq_length=32)
+    monkeypatch.setenv("WORLD_SIZE", "3")  # where litdata looks in a process without a process group
+    lengths = []
+    for rank in range(3):
+        monkeypatch.setenv("GLOBAL_RANK", str(rank))
+        loader = data.val_dataloader()
+        lengths.append(len(loader))
+        assert sum(1 for _ in loader) == len(loader)
+    blocks = 6007 // 33
+    assert lengths == [blocks // batch_size // 3] * 3
+
+
+@pytest.mark.parametrize(
+    ("training", "validation", "message"),
+    [
+        ([4, 3], [9, 9], None),  # who has fewer training batches begins the next epoch sooner
+        ([4, 3], [9, 5], None),  # only three are used
+        ([4, 0], [9, 9], "The training data gives the 2 processes 4, 0 micro batches of 2 blocks (8 workers each)"),
+        ([4, 3], [3, 2], "The validation data gives the 2 processes 3, 2 micro batches of 2 blocks (8 workers each)"),
+        ([4, 3], [0, 0], "The validation data gives the 2 processes 0, 0 micro batches of 2 blocks (8 workers each)"),
+    ],
+)
+def test_processes_without_a_batch_are_refused(
+    training: list[int],
+    validation: list[int],
+    message: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """All processes are asked, here those of the lists; that they end is tested with real ones."""
+    run = SimpleNamespace(
+        fabric=SimpleNamespace(world_size=2, global_rank=0),
+        data=MemSinksData(),
+        train=SimpleNamespace(micro_batch_size=2),
+        eval=SimpleNamespace(max_iters=3),
+    )
+    both = [(length, min(most, 3)) for length, most in zip(training, validation, strict=True)]
+
+    def gather(fabric: Any, value: Any) -> list[Any]:
+        assert value in (both[0], None) or isinstance(value, str)
+        return both if isinstance(value, tuple) else [value, value]
+
+    monkeypatch.setattr(launch, "gather", gather)
+    arguments = run, range(training[0]), range(validation[0])
+    if message is None:
+        launch.check_batches(*arguments)
+        return
+    with pytest.raises(SystemExit) as caught:
+        launch.check_batches(*arguments)
+    assert caught.value.code == 1
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith(f"Error: {message}")
 
 
 # --------------------------------------------------------------------------------- weights before they are distributed
