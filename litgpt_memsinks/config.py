@@ -17,6 +17,7 @@ from litgpt_memsinks.sinks import MASK_VERSION
 
 SinksFor = Literal["all", "repeated"]
 Scale = Literal["none", "inverse"]
+Strategy = Literal["litgpt", "ddp", "fsdp", "hsdp"]
 
 
 @dataclass
@@ -100,6 +101,42 @@ class WatchArgs:
                 raise MemSinksError(f"watch.{name} is {value}, but it must be an integer, at least 0 (watch none).")
         if not isinstance(self.seed, int):
             raise MemSinksError(f"watch.seed is {self.seed}, but it must be an integer.")
+
+
+@dataclass
+class LaunchArgs:
+    """How several devices train together (``docs/distributed.md``)."""
+
+    strategy: Strategy = "litgpt"
+    """``litgpt``: LitGPT's own, FSDP1 with HYBRID_SHARD, on GPUs only. ``ddp``: every device holds the whole model.
+    ``fsdp``: FSDP2, weights, gradients and optimizer state cut over all devices. ``hsdp``: FSDP2 in groups of
+    ``shard_size`` devices, each of which holds a whole copy. Without effect on one device"""
+    shard_size: int | None = None
+    """Devices that share one copy of the model under ``hsdp``. ``null``: the devices of a node"""
+    activation_checkpointing: bool = False
+    """Keep only each block's input for the backward pass and compute the block again: less memory, about a third more
+    compute, the same gradients. On one device, too"""
+
+    def check(self) -> None:
+        """Refuse values out of range. Whether they fit the devices is checked by `launch.py`.
+
+        Raises:
+            MemSinksError: Naming the field, its value and the limit.
+        """
+        if self.strategy not in (choices := ("litgpt", "ddp", "fsdp", "hsdp")):
+            raise MemSinksError(f"launch.strategy is {self.strategy!r}. Choose from: {', '.join(choices)}.")
+        if self.shard_size is None:
+            return
+        if self.strategy != "hsdp":
+            raise MemSinksError(
+                f"launch.shard_size is {self.shard_size}, but launch.strategy is {self.strategy}, which does not read "
+                "it. Leave it out, or set launch.strategy to hsdp."
+            )
+        if self.shard_size < 2:
+            raise MemSinksError(
+                f"launch.shard_size is {self.shard_size}, but it must be at least 2 devices. Whole copies on each "
+                "device are launch.strategy ddp."
+            )
 
 
 PAPER_SINKS = SinkArgs(shared_fraction=0.7, active_probability=0.3)

@@ -18,7 +18,7 @@ from litgpt.tokenizer import Tokenizer
 from torch.utils.data import DataLoader
 
 from litgpt_memsinks.chunks import read_index
-from litgpt_memsinks.config import SinkArgs, WatchArgs
+from litgpt_memsinks.config import LaunchArgs, SinkArgs, WatchArgs
 from litgpt_memsinks.errors import MemSinksError
 from litgpt_memsinks.manifest import MANIFEST, TOKENIZER, TOKENIZER_FILES, Manifest, tokenizer_fingerprint
 from litgpt_memsinks.remote import check_url, copy_files, is_url
@@ -65,6 +65,8 @@ class MemSinksData(LitData):
     """Hyperparameters of the memorization sinks"""
     watch: WatchArgs = field(default_factory=WatchArgs)
     """What is measured at each validation besides ``val_loss``"""
+    launch: LaunchArgs = field(default_factory=LaunchArgs)
+    """How several devices train together. Here, because LitGPT's command line has no place of its own for it"""
     storage_options: dict[str, Any] | None = field(default=None, repr=False)
     """How to reach the object store, e.g. ``{"endpoint_url": "http://localhost:9000"}``: arguments of boto3's S3
     client, or of the client that litdata uses for another store. LitGPT prints and logs them with the run, so keep

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from litgpt.model import GPT as BaseGPT
 from litgpt.model import Block as BaseBlock
 from litgpt.model import GptNeoxMLP as BaseGptNeoxMLP
@@ -185,7 +186,19 @@ class GPT(BaseGPT):
 class Block(BaseBlock):
     """LitGPT's transformer block that hands the sinks' mask to its MLP."""
 
-    def forward(
+    checkpointing = False
+    """Keep only the input for the backward pass and compute the rest again there. Set at run time, by `launch.py`"""
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As `compute`, whose arguments these are; with activation checkpointing if it is on and gradients are."""
+        if not (self.checkpointing and torch.is_grad_enabled()):
+            return self.compute(*args, **kwargs)
+        # nothing here is random: no state of a random generator has to be restored
+        return torch.utils.checkpoint.checkpoint(
+            self.compute, *args, use_reentrant=False, preserve_rng_state=False, **kwargs
+        )
+
+    def compute(
         self,
         x: torch.Tensor,
         cos: torch.Tensor,

@@ -1,9 +1,9 @@
 """How does ``litgpt pretrain`` train with sinks? A dispatcher in front of ``litgpt.pretrain.main``.
 
 This module is imported right after ``litgpt.pretrain`` (`plugin.py`), or with the first use of one of our names, as in
-``data.class_path: litgpt_memsinks.MemSinksData``. That replaces one attribute for good, ``litgpt.pretrain.main``. A run
-whose data is ``MemSinksData`` gets LitGPT's own ``main`` with two of the names it uses swapped while it runs; any other
-run gets LitGPT's own ``main``, untouched.
+``data.class_path: litgpt_memsinks.MemSinksData``. That replaces two attributes for good: ``litgpt.pretrain.main``, and
+``litgpt.pretrain.L``, through which Fabric is made (`launch.py`). A run whose data is ``MemSinksData`` gets LitGPT's
+own ``main`` with some of the names it uses swapped while it runs; any other run gets LitGPT's own, untouched.
 """
 
 import shutil
@@ -29,6 +29,7 @@ from litgpt.utils import chunked_cross_entropy, find_resume_path
 from litgpt_memsinks.config import SINK_DEFAULTS, MemSinksConfig
 from litgpt_memsinks.data import MemSinksData
 from litgpt_memsinks.errors import MemSinksError
+from litgpt_memsinks.launch import LIGHTNING, check_batches, check_launched, initialize_weights, together
 from litgpt_memsinks.model import GPT
 from litgpt_memsinks.run import Run
 from litgpt_memsinks.watch import Watch
@@ -88,15 +89,16 @@ def _main_with_sinks(
     **kwargs: Any,
 ) -> None:
     """Check everything that can be checked, then run LitGPT's ``main`` on a model with sinks."""
-    sink_config = MemSinksConfig.from_base(config, data.sinks)
-    block_size = train.max_seq_length or sink_config.block_size
-    assert sink_config.padded_vocab_size is not None  # set by Config.__post_init__
-    data.check(sink_config.padded_vocab_size, block_size, train.micro_batch_size, tokenizer_dir)
-    check_devices(kwargs["devices"], kwargs["num_nodes"], bool(train.tie_embeddings))
-    if checkpoint := find_resume_path(resume, out_dir):
-        check_same_sinks(sink_config, checkpoint.parent)
-    if initial_checkpoint_dir is not None:
-        check_same_sinks(sink_config, initial_checkpoint_dir)
+    with together(fabric):
+        sink_config = MemSinksConfig.from_base(config, data.sinks)
+        block_size = train.max_seq_length or sink_config.block_size
+        assert sink_config.padded_vocab_size is not None  # set by Config.__post_init__
+        data.check(sink_config.padded_vocab_size, block_size, train.micro_batch_size, tokenizer_dir)
+        check_launched(fabric, data.launch, train, kwargs["devices"], kwargs["num_nodes"])
+        if checkpoint := find_resume_path(resume, out_dir):
+            check_same_sinks(sink_config, checkpoint.parent)
+        if initial_checkpoint_dir is not None:
+            check_same_sinks(sink_config, initial_checkpoint_dir)
     fabric.print(describe(sink_config))
     run = Run(
         fabric,
@@ -130,8 +132,13 @@ def replacements(run: Run) -> dict[str, Any]:
     Raises:
         MemSinksError: If the installed LitGPT does not have one of them.
     """
-    names: dict[str, Any] = {"GPT": GPT, "chunked_cross_entropy": pair_cross_entropy, "fit": partial(fit, run)}
-    names["validate"] = Watch(run, base_validate).validate
+    names = {
+        "GPT": GPT,
+        "chunked_cross_entropy": pair_cross_entropy,
+        "initialize_weights": partial(initialize_weights, run),
+        "fit": partial(fit, run),
+        "validate": Watch(run, base_validate).validate,
+    }
     if missing := [name for name in names if not hasattr(litgpt.pretrain, name)]:
         raise MemSinksError(
             f"litgpt {version('litgpt')} has no {', '.join(missing)} in litgpt.pretrain, which training with sinks "
@@ -143,6 +150,7 @@ def replacements(run: Run) -> dict[str, Any]:
 def fit(run: Run, *args: Any, state: dict[str, Any], **kwargs: Any) -> None:
     """LitGPT's ``fit``, whose state the run keeps in sight."""
     run.state = state
+    check_batches(run, kwargs["train_dataloader"], kwargs["val_dataloader"])
     base_fit(*args, state=state, **kwargs)
 
 
@@ -157,25 +165,6 @@ def describe(config: MemSinksConfig) -> str:
         f"{config.n_sink} are sinks, each on for a document with p = {config.sink_active_probability:g} "
         f"({config.sink_sinks_for} documents, scale {config.sink_scale})."
     )
-
-
-def check_devices(devices: int, num_nodes: int, tie_embeddings: bool) -> None:
-    """Refuse launches on several devices that LitGPT's FSDP set-up would train wrongly without a word.
-
-    Raises:
-        MemSinksError: If embeddings are tied, which materialising each module by itself unties, or if there are several
-            nodes of one device, for which HYBRID_SHARD does not synchronise gradients.
-    """
-    if num_nodes > 1 and devices == 1:
-        raise MemSinksError(
-            f"num_nodes is {num_nodes} with 1 device each, for which LitGPT's HYBRID_SHARD does not synchronise "
-            "gradients. Use nodes with 2 devices or more, or one node."
-        )
-    if devices * num_nodes > 1 and tie_embeddings:
-        raise MemSinksError(
-            f"train.tie_embeddings is true on {devices * num_nodes} devices, where LitGPT's FSDP unties embeddings. "
-            "Train on one device, or set train.tie_embeddings to false."
-        )
 
 
 def check_same_sinks(config: MemSinksConfig, checkpoint_dir: Path) -> None:
@@ -220,8 +209,9 @@ def has_cpp_compiler() -> bool:
 
 
 def install() -> None:
-    """Put the dispatcher in front of ``litgpt.pretrain.main``. Idempotent."""
+    """Put the dispatcher in front of ``litgpt.pretrain.main``, and `launch.py` in front of Fabric. Idempotent."""
     litgpt.pretrain.main = main
+    litgpt.pretrain.L = LIGHTNING
 
 
 install()

@@ -26,6 +26,7 @@ STAGES = [
     "model",
     "run",
     "watch",
+    "launch",
     "pretrain",
     "drop_sinks",
     "evaluate",
@@ -86,7 +87,7 @@ def test_tools_import_no_stage_behind_data(module):
     assert not imports(module) & (later | WHOLE)
 
 
-def test_importing_the_package_replaces_one_attribute_of_litgpt():
+def test_importing_the_package_replaces_two_attributes_of_litgpt():
     code = """
 import litgpt.pretrain, litgpt.model, litgpt.config, litgpt.utils, litgpt.data
 modules = [litgpt.pretrain, litgpt.model, litgpt.config, litgpt.utils, litgpt.data]
@@ -103,10 +104,10 @@ print(sorted(changed), sorted(name for name in set(litgpt.config.name_to_config)
 """
     environment = {"PYTHONPATH": str(REPOSITORY), "PATH": str(Path(sys.executable).parent), **NOT_AUTOLOADED}
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-    assert output.stdout.strip().splitlines()[-1] == "[('litgpt.pretrain', 'main')] []"
+    assert output.stdout.strip().splitlines()[-1] == "[('litgpt.pretrain', 'L'), ('litgpt.pretrain', 'main')] []"
 
 
-def test_autoloading_the_package_replaces_the_same_attribute():
+def test_autoloading_the_package_replaces_the_same_attributes():
     code = """
 import inspect, litgpt.pretrain, litgpt.model, litgpt.config, litgpt.utils, litgpt.data
 for module in [litgpt.pretrain, litgpt.model, litgpt.config, litgpt.utils, litgpt.data]:
@@ -117,4 +118,4 @@ for module in [litgpt.pretrain, litgpt.model, litgpt.config, litgpt.utils, litgp
     with_us, without = (run([sys.executable, "-c", code], **env).stdout.splitlines() for env in ({}, NOT_AUTOLOADED))
     assert len(without) > 200
     changed = {tuple(line.split()[1:3]) for line in set(with_us) ^ set(without)}
-    assert changed == {("litgpt.pretrain", "main")}
+    assert changed == {("litgpt.pretrain", "L"), ("litgpt.pretrain", "main")}

@@ -270,21 +270,3 @@ def test_litgpt_without_a_name_we_replace_is_refused(monkeypatch):
     monkeypatch.delattr("litgpt.pretrain.chunked_cross_entropy")
     with pytest.raises(pretrain.MemSinksError, match="has no chunked_cross_entropy"):
         pretrain.replacements(None)
-
-
-@pytest.mark.parametrize(
-    ("devices", "num_nodes", "tie_embeddings", "message"),
-    [
-        (1, 2, False, "HYBRID_SHARD does not synchronise gradients"),
-        (2, 1, True, "tie_embeddings is true on 2 devices"),
-        (4, 2, True, "tie_embeddings is true on 8 devices"),
-    ],
-)
-def test_launches_that_litgpt_would_train_wrongly_are_refused(devices, num_nodes, tie_embeddings, message):
-    with pytest.raises(pretrain.MemSinksError, match=message):
-        pretrain.check_devices(devices, num_nodes, tie_embeddings)
-
-
-@pytest.mark.parametrize(("devices", "num_nodes", "tie_embeddings"), [(1, 1, True), (2, 1, False), (8, 4, False)])
-def test_other_launches_are_not(devices, num_nodes, tie_embeddings):
-    pretrain.check_devices(devices, num_nodes, tie_embeddings)
