@@ -361,7 +361,7 @@ def _schedule_table(result: dict[str, Any]) -> Table:
 def _memory_table(result: dict[str, Any]) -> Table:
     title = "Memory of a device at the peak, GB, estimated; 1 to 2 GB of context and fragmentation come on top"
     parts = ("weights", "gradients", "optimizer", "gathered", "activations", "logits", "total")
-    table = _table(title, "strategy", "precision", "code", "checkpointing", *parts)
+    table = _table(title, "strategy", "precision", "code", *parts)
     for one in result["memory"]:
         if one["precision"] == result["precision"] or (
             one["strategy"] == result["strategy"] and one["compiled"] and not one["checkpointing"]
@@ -370,11 +370,10 @@ def _memory_table(result: dict[str, Any]) -> Table:
             table.add_row(
                 STRATEGIES[one["strategy"]] + (" *" if ours else ""),
                 one["precision"],
-                "compiled" if one["compiled"] else "eager",
-                "yes" if one["checkpointing"] else "no",
+                ("compiled" if one["compiled"] else "eager") + (" +" if one["checkpointing"] else ""),
                 *(f"{one[part] / 1e9:,.2f}" for part in parts),
             )
-    table.caption = "* of this run; litgpt pretrain compiles. Activations and logits: of one micro batch"
+    table.caption = "* of this run; litgpt pretrain compiles. + with activation checkpointing. Activations, logits: of a micro batch"
     table.caption_justify = "left"
     return table
 

@@ -432,6 +432,7 @@ def test_command_line_overrides_the_recipe(tmp_path: Path, capsys: pytest.Captur
         f"missing: {missing}",
     ):
         assert text in " ".join(printed.split())
+    assert "…" not in printed
     assert max(map(len, printed.split("missing:")[0].splitlines())) <= 120
 
 

@@ -89,9 +89,7 @@ def test_recipe_is_parsed_by_litgpt(recipe: Path, monkeypatch: pytest.MonkeyPatc
     assert isinstance(settings["data"], MemSinksData)
     config = MemSinksConfig.from_name(settings["model_name"], settings["data"].sinks)
     assert settings["train"].max_seq_length <= config.block_size
-    assert (
-        settings["optimizer"]["init_args"]["lr"] == settings["train"].min_lr
-    )  # constant after warm-up, as the paper's
+    assert settings["optimizer"]["init_args"]["lr"] == settings["train"].min_lr  # constant after warm-up
     assert str(settings["out_dir"]).endswith(recipe.stem)
 
 
@@ -235,8 +233,8 @@ def test_sizes_differ_only_in_the_papers_settings_and_in_devices(arm: str) -> No
 
 
 HEADER = (
-    "| recipe | data recipe | tokens | steps | parameters | of them sinks | memory of a device | GPU-hours, estimated | "
-    "GPU-hours, measured | a checkpoint | dropped |"
+    "| recipe | data recipe | tokens | steps | parameters | of them sinks | memory of a device | "
+    "GPU-hours, estimated | GPU-hours, measured | a checkpoint | dropped |"
 )
 
 
