@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import litgpt.__main__
@@ -434,6 +435,24 @@ def test_command_line_overrides_the_recipe(tmp_path: Path, capsys: pytest.Captur
         assert text in " ".join(printed.split())
     assert "…" not in printed
     assert max(map(len, printed.split("missing:")[0].splitlines())) <= 120
+
+
+def test_a_launch_that_will_be_refused_is_said() -> None:
+    warnings = planned(RECIPES / "smollm360_memsinks.yaml", "--devices", 1, "--num_nodes", 2)["warnings"]
+    assert warnings[0].startswith("litgpt pretrain will refuse this run: num_nodes is 2")
+
+
+@pytest.mark.parametrize(("named", "strategy"), [("litgpt", "hsdp"), ("ddp", "ddp"), ("fsdp", "fsdp")])
+def test_strategy_of_the_run_is_the_one_that_is_launched(named: str, strategy: str) -> None:
+    settings = parse_pretrain(["--config", str(RECIPES / "smollm1.7b_memsinks.yaml")])
+    settings["data"].launch = SimpleNamespace(strategy=named, shard_size=2)
+    result = make_plan(settings, Throughput())
+    assert result["strategy"] == strategy
+    weight = {one["strategy"]: one["weights"] for one in result["memory"] if one["precision"] == "32-true"}
+    total = result["parameters"]["total"]
+    assert weight == {"ddp": 4 * total, "fsdp": 4 * (total // 8), "hsdp": 4 * (total // 2)}
+    settings["devices"] = 1
+    assert make_plan(settings, Throughput())["strategy"] == "one"
 
 
 def test_utilisation_and_peak_give_hours() -> None:
