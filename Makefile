@@ -3,6 +3,7 @@
 #   make demo                     the main job on the embedded corpus   (SEEDS=3, CORPUS=path.jsonl, OUT=folder)
 #   make test                     the tests, in two processes   (JOBS=8)
 #   make check                    ruff, formatting, mypy
+#   make fullsize                 two steps of SmolLM-360M on the CPU against the plan: 12 GB of memory, a few minutes
 #   make bench                    speed against stock LitGPT, side by side: training, then preparing data (CORPUS=folder)
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ CORPUS ?=
 JOBS ?= 2
 OUT ?= runs/demo$(if $(CORPUS),-$(basename $(notdir $(CORPUS))))
 
-.PHONY: setup demo test check bench clean
+.PHONY: setup demo test check bench fullsize clean
 
 setup: $(VENV)/ready
 
@@ -35,6 +36,9 @@ check: setup
 bench: setup
 	KINETO_LOG_LEVEL=99 $(VENV)/bin/litgpt-memsinks bench  # PyTorch's profiler says nothing of itself
 	$(VENV)/bin/litgpt-memsinks bench_data $(if $(CORPUS),--corpus $(CORPUS))
+
+fullsize: setup
+	$(VENV)/bin/litgpt-memsinks full_size
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

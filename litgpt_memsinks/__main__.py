@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from jsonargparse import ArgumentParser
+from litgpt.pretrain import setup
 
 from litgpt_memsinks import __version__
 from litgpt_memsinks.bench import bench
@@ -16,8 +17,10 @@ from litgpt_memsinks.demo import demo
 from litgpt_memsinks.drop_sinks import drop_sinks
 from litgpt_memsinks.errors import MemSinksError
 from litgpt_memsinks.evaluate import evaluate
+from litgpt_memsinks.full_size import full_size
 from litgpt_memsinks.inspect_data import inspect
 from litgpt_memsinks.lookup import lookup
+from litgpt_memsinks.plan import plan
 from litgpt_memsinks.prepare import merge, prepare
 from litgpt_memsinks.report import report
 from litgpt_memsinks.verify import verify
@@ -35,6 +38,8 @@ class Command(NamedTuple):
     function: Callable[..., object]
     positional: bool = False
     """Whether arguments without a default are given by position"""
+    settings_of: Callable[..., object] | None = None
+    """A command of LitGPT whose settings are taken too, parsed as it does"""
 
 
 COMMANDS = {
@@ -46,11 +51,13 @@ COMMANDS = {
     "verify": Command(verify, positional=True),
     "inspect": Command(inspect, positional=True),
     "lookup": Command(lookup, positional=True),
+    "plan": Command(plan, settings_of=setup),
     "drop_sinks": Command(drop_sinks, positional=True),
     "evaluate": Command(evaluate),
     "report": Command(report),
     "bench": Command(bench),
     "bench_data": Command(bench_data),
+    "full_size": Command(full_size),
 }
 
 
@@ -68,6 +75,8 @@ def build_parser() -> ArgumentParser:
         subparser = ArgumentParser(description=summary)
         subparser.add_argument("--config", action="config", help="YAML file with any of the settings below.")
         subparser.add_function_arguments(command.function, as_group=False, as_positional=command.positional)
+        if command.settings_of is not None:
+            subparser.add_function_arguments(command.settings_of, as_group=False, as_positional=True, sub_configs=True)
         subcommands.add_subcommand(name, subparser, help=summary)
     return parser
 

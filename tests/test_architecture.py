@@ -51,7 +51,10 @@ SHARED = {
 """Modules that stages meet through. ``config`` names ``sinks``' version and ``model``'s classes, as LitGPT's does."""
 TOOLS = {"document_table", "document_walk", "inspect_data", "lookup", "verify"}
 """Modules that look at a prepared folder: what `prepare` wrote, before any model."""
-WHOLE = {"__init__", "__main__", "plugin", "demo", "bench", "bench_loader", "bench_data", "near_duplicate_table"}
+WHOLE = {
+    *("__init__", "__main__", "plugin", "demo", "bench", "bench_loader", "bench_data", "near_duplicate_table"),
+    *("plan", "schedule", "sizing", "expectations", "full_size"),
+}
 """Modules that see all stages."""
 
 
