@@ -1,7 +1,7 @@
 """Several real processes over gloo, against one process on the same global batches.
 
-The stock ``litgpt pretrain`` starts the second process itself, torchrun and ``fabric run`` start all of them. Weights
-must agree to 1e-6: only the order of sums differs.
+The stock ``litgpt pretrain`` starts the second process itself, torchrun starts all of them. Weights must agree to 1e-6:
+only the order of sums differs.
 """
 
 import os
@@ -118,7 +118,7 @@ def test_checkpoint_of_several_processes_drops_to_a_plain_one(several: tuple[str
 def test_hsdp_of_two_copies_trains_as_one_process_does(alone: Path, prepared: Path, tmp_path: Path) -> None:
     settings = FIXED | {"data__launch__strategy": "hsdp", "data__launch__shard_size": 2}
     arguments = pretrain_arguments(tmp_path / "out", prepared, **settings)
-    script("fabric_run.sh", without_command(arguments), DEVICES="4")
+    script("torchrun.sh", without_command(arguments), DEVICES="4")
     assert_close(tmp_path / "out", alone)
 
 
