@@ -63,13 +63,14 @@ class Lightning:
 LIGHTNING = Lightning()
 
 
-def check_devices(launch: LaunchArgs, devices: int, num_nodes: int) -> None:
+def check_devices(launch: LaunchArgs, devices: int, num_nodes: int, gpu: bool | None = None) -> None:
     """Refuse a launch that would fail with a traceback, or train wrongly without a word.
 
     Args:
         launch: Settings of the run.
         devices: Devices per node.
         num_nodes: Nodes.
+        gpu: Whether the devices are GPUs; as on this machine by default.
 
     Raises:
         MemSinksError: Naming the setting, the devices and what to set instead.
@@ -79,7 +80,7 @@ def check_devices(launch: LaunchArgs, devices: int, num_nodes: int) -> None:
     if world_size == 1:
         return
     if launch.strategy == "litgpt":
-        _check_litgpt(devices, num_nodes)
+        _check_litgpt(devices, num_nodes, torch.cuda.is_available() if gpu is None else gpu)
     if launch.strategy == "hsdp":
         shards = launch.shard_size or devices
         if world_size % shards or (devices % shards and shards % devices):
@@ -95,9 +96,9 @@ def check_devices(launch: LaunchArgs, devices: int, num_nodes: int) -> None:
             )
 
 
-def _check_litgpt(devices: int, num_nodes: int) -> None:
+def _check_litgpt(devices: int, num_nodes: int, gpu: bool) -> None:
     """Refuse what LitGPT's FSDP1 with HYBRID_SHARD cannot do."""
-    if not torch.cuda.is_available():
+    if not gpu:
         raise MemSinksError(
             f"{devices * num_nodes} devices without a GPU, for which LitGPT's own strategy, FSDP1, does not work. Set "
             "--data.launch.strategy to ddp, fsdp or hsdp, or use one device."

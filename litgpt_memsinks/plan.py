@@ -19,12 +19,12 @@ from rich.table import Table
 from rich.text import Text
 
 from litgpt_memsinks.chunks import read_index
-from litgpt_memsinks.config import MemSinksConfig
+from litgpt_memsinks.config import LaunchArgs, MemSinksConfig
 from litgpt_memsinks.data import MemSinksData
 from litgpt_memsinks.errors import MemSinksError
 from litgpt_memsinks.expectations import Data, expected, sink_warnings
 from litgpt_memsinks.files import refuse_to_overwrite, write_json
-from litgpt_memsinks.pretrain import check_devices
+from litgpt_memsinks.launch import check_devices
 from litgpt_memsinks.schedule import Schedule, make_schedule, schedule_warnings
 from litgpt_memsinks.sizing import (
     PRECISIONS,
@@ -180,7 +180,7 @@ def make_plan(pretrain: dict[str, Any], throughput: Throughput) -> dict[str, Any
         "sinks": expected(config, training),
         "missing": missing,
         "warnings": [
-            *_refusals(devices, num_nodes, tied),
+            *_refusals(data.launch, devices, num_nodes),
             *schedule_warnings(train, pretrain["eval"], schedule),
             *_optimizer_warnings(pretrain["optimizer"]),
             *sink_warnings(config, parameters, _learning_rate(pretrain["optimizer"]), training),
@@ -232,11 +232,10 @@ def _look_at_data(
 
 
 def _strategy(data: MemSinksData, world: int) -> str:
-    """The strategy of the run: what ``data.launch`` names where there is such a setting, else LitGPT's own."""
-    named = getattr(getattr(data, "launch", None), "strategy", "litgpt")
+    """The strategy of the run. LitGPT's own shards within a node and replicates across, as ``hsdp`` does."""
     if world == 1:
         return "one"
-    return named if named in STRATEGIES else "hsdp"
+    return "hsdp" if data.launch.strategy == "litgpt" else data.launch.strategy
 
 
 def _compute(
@@ -258,10 +257,9 @@ def _memories(
     config: MemSinksConfig, parameters: Parameters, tokens: int, data: MemSinksData, devices: int, num_nodes: int
 ) -> list[dict[str, Any]]:
     """Every strategy that fits the devices, every precision, compiled and eager, with and without checkpointing."""
-    shard_size = getattr(getattr(data, "launch", None), "shard_size", None)
     result = []
     for strategy in ["one"] if devices * num_nodes == 1 else ["ddp", "fsdp", "hsdp"]:
-        spread = sharding(strategy, devices, num_nodes, shard_size)
+        spread = sharding(strategy, devices, num_nodes, data.launch.shard_size)
         for name, precision in PRECISIONS.items():
             for compiled in (True, False):
                 for checkpointing in (False, True):
@@ -285,9 +283,9 @@ def _disk(
     }
 
 
-def _refusals(devices: int, num_nodes: int, tied: bool) -> list[str]:
+def _refusals(launch: LaunchArgs, devices: int, num_nodes: int) -> list[str]:
     try:
-        check_devices(devices, num_nodes, tied)
+        check_devices(launch, devices, num_nodes, gpu=True)  # where it will run
     except MemSinksError as error:
         return [f"litgpt pretrain will refuse this run: {error}"]
     return []

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import litgpt.__main__
@@ -22,7 +21,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_ac
 from torch.profiler import ProfilerActivity, profile
 
 from litgpt_memsinks.__main__ import COMMANDS, Command, main
-from litgpt_memsinks.config import MemSinksConfig, SinkArgs
+from litgpt_memsinks.config import LaunchArgs, MemSinksConfig, SinkArgs
 from litgpt_memsinks.drop_sinks import without_sinks
 from litgpt_memsinks.expectations import Data, active, colliding_pairs, coverage, overlap, private, sink_warnings
 from litgpt_memsinks.full_size import measuring
@@ -442,15 +441,23 @@ def test_a_launch_that_will_be_refused_is_said() -> None:
     assert warnings[0].startswith("litgpt pretrain will refuse this run: num_nodes is 2")
 
 
-@pytest.mark.parametrize(("named", "strategy"), [("litgpt", "hsdp"), ("ddp", "ddp"), ("fsdp", "fsdp")])
-def test_strategy_of_the_run_is_the_one_that_is_launched(named: str, strategy: str) -> None:
+@pytest.mark.parametrize(
+    ("launch", "strategy"),
+    [
+        (LaunchArgs("litgpt"), "hsdp"),
+        (LaunchArgs("ddp"), "ddp"),
+        (LaunchArgs("fsdp"), "fsdp"),
+        (LaunchArgs("hsdp", 2), "hsdp"),
+    ],
+)
+def test_strategy_of_the_run_is_the_one_that_is_launched(launch: LaunchArgs, strategy: str) -> None:
     settings = parse_pretrain(["--config", str(RECIPES / "smollm1.7b_memsinks.yaml")])
-    settings["data"].launch = SimpleNamespace(strategy=named, shard_size=2)
+    settings["data"].launch = launch
     result = make_plan(settings, Throughput())
     assert result["strategy"] == strategy
     weight = {one["strategy"]: one["weights"] for one in result["memory"] if one["precision"] == "32-true"}
     total = result["parameters"]["total"]
-    assert weight == {"ddp": 4 * total, "fsdp": 4 * (total // 8), "hsdp": 4 * (total // 2)}
+    assert weight == {"ddp": 4 * total, "fsdp": 4 * (total // 8), "hsdp": 4 * (total // (launch.shard_size or 8))}
     settings["devices"] = 1
     assert make_plan(settings, Throughput())["strategy"] == "one"
 

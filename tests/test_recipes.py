@@ -227,7 +227,7 @@ def test_large_arms_differ_only_in_what_they_compare(size: str, one: str, other:
 @pytest.mark.parametrize("arm", LARGE_ARMS)
 def test_sizes_differ_only_in_the_papers_settings_and_in_devices(arm: str) -> None:
     assert differing(*(RECIPES / f"{size}_{arm}.yaml" for size in SIZES)) == {
-        *("model_name", "out_dir", "data.init_args.data_path", "devices"),
+        *("model_name", "out_dir", "data.init_args.data_path", "devices", "data.init_args.launch.strategy"),
         *("train.max_tokens", "train.min_lr", "train.lr_warmup_steps", "train.save_interval", "optimizer.init_args.lr"),
     }
 
