@@ -24,6 +24,9 @@ STAGES = [
     "sinks",
     "model",
     "run",
+    "saving",
+    "resuming",
+    "preemption",
     "pretrain",
     "drop_sinks",
     "evaluate",
@@ -43,6 +46,7 @@ SHARED = {
     "metrics",
     "remote",
     "plain_http",
+    "resumable_loader",
     "chunks",
 }
 """Modules that stages meet through. ``config`` names ``sinks``' version and ``model``'s classes, as LitGPT's does."""
