@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-import litgpt.pretrain
 import torch
 from litgpt.utils import CycleIterator as BaseCycleIterator
 
@@ -86,7 +85,7 @@ def agreed_signal(run: Run) -> int:
     if run.fabric.world_size == 1:
         return run.stop_signal
     number = torch.tensor(run.stop_signal, device=run.fabric.device)
-    run.fabric.all_reduce(number, reduce_op="max")  # in place
+    torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)  # Fabric's own adds a barrier
     return int(number)
 
 
@@ -100,7 +99,8 @@ def leave(run: Run, name: str) -> None:
     step = run.state["step_count"]
     folder = run.out_dir / f"step-{step:08d}"
     if run.saved_step != step:
-        # by the name that LitGPT's loop uses
+        import litgpt.pretrain  # here, because its import imports us
+
         litgpt.pretrain.save_checkpoint(run.fabric, run.state, run.tokenizer_dir, folder / "lit_model.pth")
     run.fabric.barrier()
     run.fabric.print(f"{name}: stopped after step {step}, saved as {str(folder)!r}. Go on with --resume auto.")

@@ -23,6 +23,7 @@ from litgpt.config import Config
 from litgpt.data import DataModule
 from litgpt.pretrain import fit as base_fit
 from litgpt.pretrain import main as base_main
+from litgpt.pretrain import save_checkpoint as base_save_checkpoint
 from litgpt.utils import chunked_cross_entropy
 
 from litgpt_memsinks.config import SINK_DEFAULTS, MemSinksConfig
@@ -146,7 +147,7 @@ def replacements(run: Run) -> dict[str, Any]:
         "GPT": GPT,
         "chunked_cross_entropy": pair_cross_entropy,
         "fit": partial(fit, run),
-        "save_checkpoint": partial(save_checkpoint, run),
+        "save_checkpoint": partial(save_checkpoint, run, base_save_checkpoint),
         "CycleIterator": partial(StoppableIterator, run),
     }
     if missing := [name for name in names if not hasattr(litgpt.pretrain, name)]:

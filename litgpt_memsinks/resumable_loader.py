@@ -1,5 +1,6 @@
 """litdata's loader, made to continue: in the right epoch, from a moved folder, with workers that outlive a signal."""
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -69,7 +70,10 @@ def _held() -> Iterator[None]:
 def _begin_worker(then: Callable[[int], None] | None, worker_id: int) -> None:
     """Let a worker pass over signals to the whole process group: the run needs its batches up to the next step."""
     if hasattr(signal, "sigwaitinfo"):
-        threading.Thread(target=_obey_parent, args=(os.getppid(),), daemon=True).start()
+        signal.pthread_sigmask(signal.SIG_BLOCK, FOR_THE_RUN)  # not inherited from a fork server
+        parent = multiprocessing.parent_process()  # which os.getppid is not with a fork server
+        assert parent is not None
+        threading.Thread(target=_obey_parent, args=(parent.pid,), daemon=True).start()
     if then is not None:
         then(worker_id)
 

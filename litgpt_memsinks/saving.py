@@ -12,7 +12,6 @@ from unittest import mock
 
 import lightning as L
 import torch
-from litgpt.pretrain import save_checkpoint as base_save_checkpoint
 
 from litgpt_memsinks.errors import MemSinksError
 from litgpt_memsinks.files import clear_stale, fsync_tree, incomplete_path, write_json
@@ -26,7 +25,12 @@ WRITER_ERRORS = ("PytorchStreamWriter", "unexpected pos")
 
 
 def save_checkpoint(
-    run: Run, fabric: L.Fabric, state: dict[str, Any], tokenizer_dir: Path | None, checkpoint_file: Path
+    run: Run,
+    base_save_checkpoint: Callable[..., None],
+    fabric: L.Fabric,
+    state: dict[str, Any],
+    tokenizer_dir: Path | None,
+    checkpoint_file: Path,
 ) -> None:
     """LitGPT's ``save_checkpoint``, after which the folder is there with everything in it, or as it was. Collective.
 
