@@ -76,6 +76,8 @@ class MemSinksData(LitData):
         """Check the settings as LitGPT does."""
         super().__post_init__()
         self._copy: Path | None = None
+        self.same_content = False
+        """Whether a state of the training loader is known to be of this stream, wherever that lay when it was saved"""
 
     def connect(
         self, tokenizer: Tokenizer | None = None, batch_size: int = 1, max_seq_length: int | None = None
@@ -156,7 +158,9 @@ class MemSinksData(LitData):
     def _dataloader(self, input_dir: str, train: bool) -> DataLoader:
         # LitData's own, restated for the sake of the collate function and the storage options; pinned by test_data.py
         # against LitData's rows
-        from litdata.streaming import StreamingDataLoader, StreamingDataset, TokensLoader
+        from litdata.streaming import StreamingDataset, TokensLoader
+
+        from litgpt_memsinks.resumable_loader import ResumableLoader
 
         worker_init_fn = self._prepare_process(input_dir)
         dataset = StreamingDataset(
@@ -166,7 +170,7 @@ class MemSinksData(LitData):
             seed=self.seed,
             storage_options=self.storage_options or {},
         )
-        return StreamingDataLoader(
+        return ResumableLoader(
             dataset,
             batch_size=self.batch_size,
             pin_memory=torch.cuda.is_available(),
@@ -174,6 +178,7 @@ class MemSinksData(LitData):
             drop_last=True,
             collate_fn=collate_pairs,
             worker_init_fn=worker_init_fn,
+            same_content=self.same_content and train,
         )
 
     def _prepare_process(self, input_dir: str) -> Callable[[int], None] | None:

@@ -32,10 +32,15 @@ def incomplete_path(path: Path) -> Path:
 def clear_stale(path: Path) -> None:
     """Remove what killed processes of this machine have left beside ``path``."""
     for stale in path.parent.glob(f".{path.name}.*.incomplete"):
-        process = stale.name.removesuffix(".incomplete").rsplit(".", 1)[1]
-        if not (process.isdigit() and _is_running(int(process))) or stale == incomplete_path(path):
+        if left_by_killed(stale):
             shutil.rmtree(stale, ignore_errors=True)
             stale.unlink(missing_ok=True)
+
+
+def left_by_killed(path: Path) -> bool:
+    """Whether no other process of this machine may still be working on ``.NAME.PROCESS.SUFFIX``."""
+    process = path.name.rsplit(".", 2)[1]
+    return not (process.isdigit() and _is_running(int(process))) or int(process) == os.getpid()
 
 
 def _is_running(process: int) -> bool:
@@ -65,7 +70,7 @@ def atomic_directory(out_dir: Path) -> Iterator[Path]:
     scratch.mkdir()
     try:
         yield scratch
-        _fsync_tree(scratch)
+        fsync_tree(scratch)
         if (
             out_dir.is_dir() and not out_dir.is_symlink()
         ):  # empty, see above: rename refuses a folder that exists on some file systems
@@ -93,7 +98,7 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-def _fsync_tree(folder: Path) -> None:
+def fsync_tree(folder: Path) -> None:
     """Flush every file below ``folder`` to disk, so that the rename cannot become durable before the content."""
     for path in folder.rglob("*"):
         if path.is_file() and path.stat().st_size:

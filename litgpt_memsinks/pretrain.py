@@ -23,15 +23,20 @@ from litgpt.config import Config
 from litgpt.data import DataModule
 from litgpt.pretrain import fit as base_fit
 from litgpt.pretrain import main as base_main
+from litgpt.pretrain import save_checkpoint as base_save_checkpoint
 from litgpt.pretrain import validate as base_validate
-from litgpt.utils import chunked_cross_entropy, find_resume_path
+from litgpt.utils import chunked_cross_entropy
 
 from litgpt_memsinks.config import SINK_DEFAULTS, MemSinksConfig
 from litgpt_memsinks.data import MemSinksData
 from litgpt_memsinks.errors import MemSinksError
 from litgpt_memsinks.launch import LIGHTNING, check_batches, check_launched, initialize_weights, together
 from litgpt_memsinks.model import GPT
+from litgpt_memsinks.preemption import StoppableIterator, listening
+from litgpt_memsinks.resuming import check_same_run
+from litgpt_memsinks.resuming import find as find_checkpoint
 from litgpt_memsinks.run import Run
+from litgpt_memsinks.saving import save_checkpoint
 from litgpt_memsinks.watch import Watch
 
 NO_COMPILER = (
@@ -93,11 +98,15 @@ def _main_with_sinks(
         sink_config = MemSinksConfig.from_base(config, data.sinks)
         block_size = train.max_seq_length or sink_config.block_size
         assert sink_config.padded_vocab_size is not None  # set by Config.__post_init__
-        data.check(sink_config.padded_vocab_size, block_size, train.micro_batch_size, tokenizer_dir)
+        manifest = data.check(sink_config.padded_vocab_size, block_size, train.micro_batch_size, tokenizer_dir)
+        assert data.split_names is not None  # checked
         check_launched(fabric, data.launch, train, kwargs["devices"], kwargs["num_nodes"])
-        if checkpoint := find_resume_path(resume, out_dir):
-            check_same_sinks(sink_config, checkpoint.parent)
         if initial_checkpoint_dir is not None:
+            if resume:
+                raise MemSinksError(
+                    f"Both resume ({resume}) and initial_checkpoint_dir ({str(initial_checkpoint_dir)!r}) are given. "
+                    "Give one: a checkpoint of this run, or one that it begins with."
+                )
             check_same_sinks(sink_config, initial_checkpoint_dir)
     fabric.print(describe(sink_config))
     run = Run(
@@ -109,9 +118,16 @@ def _main_with_sinks(
         out_dir,
         devices=kwargs["devices"],
         num_nodes=kwargs["num_nodes"],
+        tokenizer_dir=tokenizer_dir or data.tokenizer_dir,  # so that checkpoints carry their tokenizer
+        data_digest=manifest.splits[data.split_names[0]].digest if data.split_names[0] in manifest.splits else None,
     )
+    with together(fabric):
+        if checkpoint := find_checkpoint(run, resume):
+            check_same_sinks(sink_config, checkpoint.parent)
+            data.same_content = check_same_run(run, checkpoint.parent)
     with ExitStack() as stack:
         stack.enter_context(compilation(fabric))
+        stack.enter_context(listening(run))
         stack.enter_context(mock.patch.multiple(litgpt.pretrain, **replacements(run)))
         base_main(
             fabric,
@@ -119,9 +135,9 @@ def _main_with_sinks(
             data=data,
             train=train,
             out_dir=out_dir,
-            resume=resume,
+            resume=checkpoint or False,
             initial_checkpoint_dir=initial_checkpoint_dir,
-            tokenizer_dir=tokenizer_dir or data.tokenizer_dir,  # so that checkpoints carry their tokenizer
+            tokenizer_dir=run.tokenizer_dir,
             **kwargs,
         )
 
@@ -138,6 +154,8 @@ def replacements(run: Run) -> dict[str, Any]:
         "initialize_weights": partial(initialize_weights, run),
         "fit": partial(fit, run),
         "validate": Watch(run, base_validate).validate,
+        "save_checkpoint": partial(save_checkpoint, run, base_save_checkpoint),
+        "CycleIterator": partial(StoppableIterator, run),
     }
     if missing := [name for name in names if not hasattr(litgpt.pretrain, name)]:
         raise MemSinksError(

@@ -31,6 +31,14 @@ class Run:
     """Devices per node"""
     num_nodes: int
     """Nodes"""
+    tokenizer_dir: Path
+    """The tokenizer that checkpoints carry"""
+    data_digest: str | None
+    """Of the training stream, see ``manifest.Split``; ``None`` if the manifest does not know the split"""
     state: dict[str, Any] = field(default_factory=dict)
     """LitGPT's training state, with ``iter_num`` in micro batches and ``step_count`` in optimizer steps; empty until
     training begins"""
+    stop_signal: int = 0
+    """Number of the signal that asked this process to stop; 0 if none did"""
+    saved_step: int | None = None
+    """``step_count`` at which this process saved last"""

@@ -22,6 +22,7 @@ import torch.nn as nn
 from torch.utils.data import DataLoader
 
 from litgpt_memsinks.errors import MemSinksError
+from litgpt_memsinks.launch import together
 from litgpt_memsinks.manifest import EVALUATION, Manifest
 from litgpt_memsinks.metrics import IGNORED, token_losses
 from litgpt_memsinks.remote import is_url
@@ -173,7 +174,8 @@ class Watch:
                 found = error
         found = fabric.broadcast(found)
         if isinstance(found, MemSinksError):
-            raise found
+            with together(fabric):
+                raise found
         if isinstance(found, str):
             fabric.print(f"Watching nothing: {found}")
         else:

@@ -25,8 +25,11 @@ STAGES = [
     "sinks",
     "model",
     "run",
-    "watch",
     "launch",
+    "watch",
+    "saving",
+    "resuming",
+    "preemption",
     "pretrain",
     "drop_sinks",
     "evaluate",
@@ -46,6 +49,7 @@ SHARED = {
     "metrics",
     "remote",
     "plain_http",
+    "resumable_loader",
     "chunks",
 }
 """Modules that stages meet through. ``config`` names ``sinks``' version and ``model``'s classes, as LitGPT's does."""
