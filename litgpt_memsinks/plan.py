@@ -172,6 +172,7 @@ def make_plan(pretrain: dict[str, Any], throughput: Throughput) -> dict[str, Any
         "out_dir": str(pretrain["out_dir"]),
         "precision": precision,
         "strategy": _strategy(data, devices * num_nodes),
+        "checkpointing": data.launch.activation_checkpointing,
         "parameters": asdict(parameters),
         "schedule": asdict(schedule),
         "compute": _compute(config, parameters, schedule, throughput),
@@ -364,14 +365,14 @@ def _memory_table(result: dict[str, Any]) -> Table:
         if one["precision"] == result["precision"] or (
             one["strategy"] == result["strategy"] and one["compiled"] and not one["checkpointing"]
         ):
-            ours = one["strategy"] == result["strategy"] and one["precision"] == result["precision"]
+            ours = all(one[name] == result[name] for name in ("strategy", "precision", "checkpointing"))
             table.add_row(
                 STRATEGIES[one["strategy"]] + (" *" if ours else ""),
                 one["precision"],
                 ("compiled" if one["compiled"] else "eager") + (" +" if one["checkpointing"] else ""),
                 *(f"{one[part] / 1e9:,.2f}" for part in parts),
             )
-    table.caption = "* of this run. + with activation checkpointing. Activations and logits: of one micro batch"
+    table.caption = "* of this run, compiled unless that is switched off. + with activation checkpointing. Activations and logits: of one micro batch"
     table.caption_justify = "left"
     return table
 

@@ -462,6 +462,14 @@ def test_strategy_of_the_run_is_the_one_that_is_launched(launch: LaunchArgs, str
     assert make_plan(settings, Throughput())["strategy"] == "one"
 
 
+def test_rows_of_the_run_are_marked(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe, checkpointing = RECIPES / "smollm360_memsinks.yaml", "--data.launch.activation_checkpointing"
+    for value, marked in (("false", {"compiled", "eager"}), ("true", {"compiled +", "eager +"})):
+        run_plan("--config", recipe, checkpointing, value)
+        rows = [line.split("bf16-mixed") for line in capsys.readouterr().out.splitlines() if "one device *" in line]
+        assert {" ".join(after.split()[: 1 + ("+" in after)]) for _, after in rows} == marked
+
+
 def test_utilisation_and_peak_give_hours() -> None:
     recipe = RECIPES / "smollm360_standard.yaml"
     compute = planned(recipe, throughput=Throughput(mfu=0.5, peak_tflops=1000))["compute"]
