@@ -1,8 +1,8 @@
 """Memorization Sinks for LitGPT: pretrain on repeated text, then drop what was memorised of it.
 
 Importing the package imports neither LitGPT nor PyTorch. When LitGPT is imported, ``litgpt.config`` learns our models
-and a dispatcher is put in front of ``litgpt.pretrain.main`` (`plugin.py`). Runs whose data is not ``MemSinksData`` are
-untouched.
+and a dispatcher is put in front of ``litgpt.pretrain.main`` and of its Fabric (`plugin.py`). Runs whose data is not
+``MemSinksData`` are untouched.
 """
 
 from importlib import import_module

@@ -14,9 +14,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from litgpt import Config
 
+from litgpt_memsinks import MemSinksConfig, SinkArgs
 from litgpt_memsinks.checkpoint import read_weights
 from tests.console import REPOSITORY, SCRIPTS, litgpt, logged, memsinks, pretrain_arguments, run
+from tests.test_launch import initialized
 
 FIXED = {
     "class_path": "tests.fixed_batches.FixedBatches",
@@ -74,14 +77,14 @@ def several(request: Any, prepared: Path, tmp_path_factory: pytest.TempPathFacto
     return request.param, out_dir, result.stdout
 
 
-def assert_close(out_dir: Path, alone: Path) -> None:
+def assert_close(out_dir: Path, alone: Path, tolerance: float = 1e-6) -> None:
     ours, expected = read_weights(out_dir / "final"), read_weights(alone / "final")
     assert set(ours) == set(expected)
     for name, value in ours.items():
-        assert torch.allclose(value.float(), expected[name].float(), rtol=0, atol=1e-6), name
+        assert torch.allclose(value.float(), expected[name].float(), rtol=0, atol=tolerance), name
     losses, known = logged(out_dir, "val_loss"), logged(alone, "val_loss")
     assert len(losses) == len(known) > 0
-    assert [float(loss) for loss in losses] == pytest.approx([float(loss) for loss in known], abs=1e-6)
+    assert [float(loss) for loss in losses] == pytest.approx([float(loss) for loss in known], abs=tolerance)
 
 
 def test_trains_as_one_process_does(several: tuple[str, Path, str], alone: Path) -> None:
@@ -122,8 +125,16 @@ def test_hsdp_of_two_copies_trains_as_one_process_does(alone: Path, prepared: Pa
     assert_close(tmp_path / "out", alone)
 
 
-def test_two_nodes_of_one_process_train_as_one_process_does(alone: Path, prepared: Path, tmp_path: Path) -> None:
-    arguments = without_command(pretrain_arguments(tmp_path / "out", prepared, **FIXED, **KIND["fsdp"]))
+def test_two_nodes_of_one_process_train_as_one_process_does(
+    alone: Path, prepared: Path, tmp_path: Path, tiny_config: Config
+) -> None:
+    """From plain weights, which FSDP2 loads in a way of its own: those that `alone` starts from, under another seed."""
+    start = initialized(MemSinksConfig.from_base(tiny_config, SinkArgs(shared_fraction=0.5)), None, "cpu")
+    (tmp_path / "start").mkdir()
+    weights = {name: value for name, value in start.state_dict().items() if name != "n_shared"}
+    torch.save(weights, tmp_path / "start/lit_model.pth")
+    settings = FIXED | KIND["fsdp"] | {"initial_checkpoint_dir": tmp_path / "start", "seed": 99}
+    arguments = without_command(pretrain_arguments(tmp_path / "out", prepared, **settings))
     environment = {"NUM_NODES": "2", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
     environment |= {"PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(REPOSITORY)}
     nodes = [
@@ -141,15 +152,12 @@ def test_two_nodes_of_one_process_train_as_one_process_does(alone: Path, prepare
     assert_close(tmp_path / "out", alone)
 
 
-def test_compiled_fsdp_with_activation_checkpointing_trains_on_prepared_data(prepared: Path, tmp_path: Path) -> None:
-    settings = {"devices": 2, "iterations": 3, "train__micro_batch_size": 1, **KIND["fsdp"], **CHECKPOINTING}
-    losses = []
-    for compiled in (False, True):
-        out_dir = tmp_path / f"out{compiled}"
-        litgpt(*pretrain_arguments(out_dir, prepared, **settings), compiled=compiled)
-        losses.append([float(loss) for loss in logged(out_dir)])
-    assert len(losses[0]) == 3
-    assert losses[1] == pytest.approx(losses[0], abs=1e-4)
+def test_compiled_fsdp_with_activation_checkpointing_trains_as_one_process_does(
+    alone: Path, prepared: Path, tmp_path: Path
+) -> None:
+    settings = FIXED | KIND["fsdp"] | CHECKPOINTING | {"devices": 2}
+    litgpt(*pretrain_arguments(tmp_path / "out", prepared, **settings), compiled=True)
+    assert_close(tmp_path / "out", alone, 1e-5)
 
 
 def test_process_without_validation_data_ends_all_before_training(prepared: Path, tmp_path: Path) -> None:

@@ -12,4 +12,4 @@
 # numbers above, not those below. All nodes must see the same out_dir and the same data.
 set -euo pipefail
 
-exec srun litgpt pretrain "$@" --devices "$SLURM_NTASKS_PER_NODE" --num_nodes "$SLURM_JOB_NUM_NODES"
+exec srun --kill-on-bad-exit=1 litgpt pretrain "$@" --devices "$SLURM_NTASKS_PER_NODE" --num_nodes "$SLURM_JOB_NUM_NODES"
