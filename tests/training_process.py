@@ -108,7 +108,7 @@ def steps(text):
 
 
 @contextlib.contextmanager
-def ddp(settings, output):
+def ddp(settings, output, file_limit=None):
     """The console script's run on two ranks over gloo, in a process group of its own."""
     environment = os.environ | {
         "PYTHONPATH": str(REPOSITORY),
@@ -118,6 +118,9 @@ def ddp(settings, output):
     }
     command = [sys.executable, str(REPOSITORY / "tests/litgpt_ddp.py"), *settings]
     with open(output, "w") as file:
+        # bash sets the limit: nothing of Python may run between fork and exec in a process with threads
+        limit = "unlimited" if file_limit is None else file_limit // 1024
+        command = ["bash", "-c", f'ulimit -f {limit}; exec "$@"', "bash", *command]
         process = subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
     try:
         yield process
