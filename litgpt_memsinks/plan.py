@@ -372,7 +372,10 @@ def _memory_table(result: dict[str, Any]) -> Table:
                 ("compiled" if one["compiled"] else "eager") + (" +" if one["checkpointing"] else ""),
                 *(f"{one[part] / 1e9:,.2f}" for part in parts),
             )
-    table.caption = "* of this run, compiled unless that is switched off. + with activation checkpointing. Activations and logits: of one micro batch"
+    table.caption = (
+        "* of this run, compiled unless that is switched off. + with activation checkpointing. Activations and logits: "
+        "of one micro batch"
+    )
     table.caption_justify = "left"
     return table
 

@@ -14,7 +14,7 @@ from litgpt.args import EvalArgs, TrainArgs
 from litgpt_memsinks import MemSinksConfig, MemSinksData, SinkArgs, resuming, saving
 from litgpt_memsinks.errors import MemSinksError
 from litgpt_memsinks.run import Run
-from tests.training_process import arguments, assert_same, ddp, finish, training_state
+from tests.training_process import TWO_RANKS, arguments, assert_same, ddp, finish, training_state
 
 
 @pytest.fixture
@@ -248,7 +248,7 @@ def test_full_disk_leaves_older_checkpoints_and_says_what_to_do(prepared, tmp_pa
 
 
 def test_full_disk_ends_both_ranks_with_one_line(prepared, tmp_path):
-    more = {"devices": 2, "train__tie_embeddings": "false", "train__save_interval": 2}
+    more = TWO_RANKS | {"train__save_interval": 2}
     with ddp(arguments(tmp_path / "out", prepared, 8, **more), tmp_path / "log", file_limit=100 * 1024) as process:
         assert process.wait(240) == 1  # killed for a rank that hangs, it would be another
     text = (tmp_path / "log").read_text()

@@ -226,7 +226,19 @@ def make_run(data_path: Path | str, fabric: Any = None, micro_batch_size: int = 
         fabric = L.Fabric(accelerator="cpu", devices=1)
         fabric.launch()
     fabric.loggers.append(Logger())
-    return Run(fabric, config, data, train, EvalArgs(interval=5, max_iters=10), Path("out"), 1, 1, {"iter_num": 0})
+    return Run(
+        fabric,
+        config,
+        data,
+        train,
+        EvalArgs(interval=5, max_iters=10),
+        Path("out"),
+        devices=1,
+        num_nodes=1,
+        tokenizer_dir=data.tokenizer_dir,
+        data_digest=None,
+        state={"iter_num": 0},
+    )
 
 
 def make_model(run: Run) -> GPT:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from tests.console import REPOSITORY, pretrain_arguments
+from tests.console import REPOSITORY, SCRIPTS, pretrain_arguments
 
 SINKS = {"data__sinks__shared_fraction": 0.5, "data__sinks__active_probability": 0.3}
 BATCHES = {"train__micro_batch_size": 32, "train__global_batch_size": 64, "eval__interval": 9, "eval__max_iters": 1}
@@ -25,6 +25,9 @@ def arguments(out_dir, data_path, iterations=60, **settings):
     """Arguments of a run of ``iterations`` micro batches, as text."""
     values = BATCHES | SINKS | {"iterations": iterations * 8} | settings
     return [str(value) for value in pretrain_arguments(out_dir, data_path, **values)]
+
+
+TWO_RANKS = {"devices": 2, "data__launch__strategy": "ddp"}
 
 
 def train_here(settings, output, file_limit=None):
@@ -116,7 +119,7 @@ def ddp(settings, output, file_limit=None):
         "TORCHDYNAMO_DISABLE": "1",
         "PYTHONUNBUFFERED": "1",
     }
-    command = [sys.executable, str(REPOSITORY / "tests/litgpt_ddp.py"), *settings]
+    command = [str(SCRIPTS / "litgpt"), *settings]
     with open(output, "w") as file:
         # bash sets the limit: nothing of Python may run between fork and exec in a process with threads
         limit = "unlimited" if file_limit is None else file_limit // 1024
