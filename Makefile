@@ -2,7 +2,7 @@
 #
 #   make demo                     the main job on the embedded corpus   (SEEDS=3, CORPUS=path.jsonl, OUT=folder)
 #   make test                     the tests, in two processes   (JOBS=8)
-#   make kill                     kill -9 at random moments, of one of two ranks too, and resume: bit for bit the same
+#   make long                     tests that take minutes: kill -9 of runs and of one of two ranks, compiled FSDP, HSDP
 #   make check                    ruff, formatting, mypy
 #   make fullsize                 two steps of SmolLM-360M on the CPU against the plan: 12 GB of memory, a few minutes
 #   make bench                    speed against stock LitGPT, side by side: training, then preparing data (CORPUS=folder)
@@ -14,7 +14,7 @@ CORPUS ?=
 JOBS ?= 2
 OUT ?= runs/demo$(if $(CORPUS),-$(basename $(notdir $(CORPUS))))
 
-.PHONY: setup demo test kill check bench fullsize clean
+.PHONY: setup demo test long check bench fullsize clean
 
 setup: $(VENV)/ready
 
@@ -29,8 +29,8 @@ demo: setup
 test: setup
 	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile
 
-kill: setup
-	KILLS=5 $(VENV)/bin/python -m pytest -k "two_ranks_stop_together or killed_at_any_moment"
+long: setup
+	$(VENV)/bin/python -m pytest -m long
 
 check: setup
 	$(VENV)/bin/ruff check .

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from litgpt.utils import CycleIterator as BaseCycleIterator
 
+from litgpt_memsinks.resumable_loader import ResumableLoader
 from litgpt_memsinks.run import Run
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -62,7 +63,8 @@ class StoppableIterator(BaseCycleIterator):
     def __init__(self, run: Run, iterable: Iterable) -> None:
         super().__init__(iterable)
         loader: Any = getattr(iterable, "_dataloader", iterable)  # without Fabric's wrapper, a copy from before loading
-        self.epoch = loader.current_epoch - loader.restore  # LitGPT's own counts from 0 after each resume
+        if isinstance(loader, ResumableLoader):
+            self.epoch = loader.current_epoch - loader.restore  # LitGPT's own counts from 0 after each resume
         self._run = run
         self._step = run.state["step_count"]
 

@@ -92,6 +92,8 @@ def pretrain_arguments(out_dir, data_path, class_path="litgpt_memsinks.MemSinksD
     }
     if "model_name" not in settings:
         values |= {"model_name": "tiny"} | {f"model_config.{key}": value for key, value in TINY_MODEL.items()}
+    if not class_path.endswith("LitData"):  # watching takes longer than training here
+        values |= {"data.watch.documents": 0, "data.watch.validation_documents": 0}
     values |= {key.replace("__", "."): value for key, value in settings.items()}
     arguments = ["pretrain", values.pop("model_name")]  # positional on the command line
     for key, value in values.items():

@@ -19,8 +19,8 @@ from tests.training_process import TWO_RANKS, arguments, assert_same, ddp, finis
 
 ITERATIONS = 60
 """Of 47 in an epoch"""
-KILLS = int(os.environ.get("KILLS", "1"))
-"""How often one of two ranks is killed: `make kill` does it five times, which takes a minute more"""
+KILLS = 5
+"""How often a run is killed before it may end"""
 
 
 @pytest.fixture(scope="module")
@@ -59,11 +59,12 @@ def test_signals_end_a_run_saved_and_it_continues_bit_for_bit(undisturbed, prepa
     assert_same(training_state(out_dir), training_state(undisturbed))
 
 
+@pytest.mark.long
 def test_killed_at_any_moment_it_ends_the_same(undisturbed, prepared, tmp_path):
     out_dir = tmp_path / "out"
     settings = arguments(out_dir, prepared, ITERATIONS, data__num_workers=2, resume="auto", train__save_interval=3)
     moments = random.Random(5)
-    for number in range(5):
+    for number in range(KILLS):
         more = moments.randrange(1, 9)
         with training(settings, tmp_path / f"log{number}") as run:
             run.wait_for(lambda text, more=more: len(steps(text)) >= more)
@@ -89,6 +90,7 @@ def test_before_training_a_signal_does_what_it_did(prepared, tmp_path):
     assert "stopped after" not in run.text
 
 
+@pytest.mark.long
 def test_two_ranks_stop_together_and_one_killed_takes_the_other_with_it(prepared, tmp_path):
     more = TWO_RANKS | {"data__num_workers": 1, "train__save_interval": 3}
     whole = tmp_path / "whole"

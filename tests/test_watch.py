@@ -235,7 +235,7 @@ def make_run(data_path: Path | str, fabric: Any = None, micro_batch_size: int = 
         Path("out"),
         devices=1,
         num_nodes=1,
-        tokenizer_dir=data.tokenizer_dir,
+        tokenizer_dir=Path("tokenizer"),
         data_digest=None,
         state={"iter_num": 0},
     )
@@ -646,7 +646,7 @@ def test_an_error_of_the_first_rank_stops_all(prepared: Path, tmp_path: Path) ->
     """The others do not read: they are told, and would wait for ever if they were not."""
     run = make_run(prepared)
     told = MemSinksError("no such thing")
-    run.fabric = SimpleNamespace(global_rank=1, broadcast=lambda found: told if found == "" else None)
+    run.fabric = SimpleNamespace(world_size=1, global_rank=1, broadcast=lambda found: told if found == "" else None)
     with pytest.raises(MemSinksError, match="no such thing"):
         started(run)
 
