@@ -30,7 +30,7 @@ test: setup
 	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile
 
 long: setup
-	$(VENV)/bin/python -m pytest -m long
+	$(VENV)/bin/python -m pytest -m long -n $(JOBS) --dist loadfile
 
 check: setup
 	$(VENV)/bin/ruff check .

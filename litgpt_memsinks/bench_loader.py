@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from litdata import TokensLoader, optimize
 from litgpt.data import LitData
 from rich.console import Console
 from rich.progress import track
@@ -67,6 +66,8 @@ def bench_loader(rounds: int = 7, workers: tuple[int, ...] = (0, 2)) -> list[dic
 
 def make_streams(work: Path) -> None:
     """Prepare a corpus in ``work/pairs``, and its tokens as a plain stream of the same rows in ``work/plain``."""
+    from litdata import TokensLoader, optimize
+
     train_tokenizer(stories(500), work / "tokenizer", vocab_size=1024)
     (work / "stories.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in stories(_STORIES)))
     text = str(work / "stories.jsonl")

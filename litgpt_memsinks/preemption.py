@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from litgpt.utils import CycleIterator as BaseCycleIterator
 
-from litgpt_memsinks.resumable_loader import ResumableLoader
 from litgpt_memsinks.run import Run
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -61,6 +60,9 @@ class StoppableIterator(BaseCycleIterator):
     """LitGPT's iterator over micro batches, which ends the run between two optimizer steps if it was asked to stop."""
 
     def __init__(self, run: Run, iterable: Iterable) -> None:
+        # not above: importing litdata settles how this process starts others, which is its user's to say
+        from litgpt_memsinks.resumable_loader import ResumableLoader
+
         super().__init__(iterable)
         loader: Any = getattr(iterable, "_dataloader", iterable)  # without Fabric's wrapper, a copy from before loading
         if isinstance(loader, ResumableLoader):

@@ -94,6 +94,12 @@ def test_tools_import_no_stage_behind_data(module):
     assert not imports(module) & (later | WHOLE)
 
 
+def test_importing_the_package_does_not_import_litdata():
+    """That settles how the process starts others, before its user could say it."""
+    code = "import sys, litgpt_memsinks.pretrain; litgpt_memsinks.MemSinksData; print('litdata' in sys.modules)"
+    assert run([sys.executable, "-c", code]).stdout.split()[-1] == "False"
+
+
 def test_importing_the_package_replaces_two_attributes_of_litgpt():
     code = """
 import litgpt.pretrain, litgpt.model, litgpt.config, litgpt.utils, litgpt.data

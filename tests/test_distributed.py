@@ -104,6 +104,7 @@ def test_embeddings_stay_tied(several: tuple[str, Path, str]) -> None:
     assert torch.equal(weights["transformer.wte.weight"], weights["lm_head.weight"])
 
 
+@pytest.mark.long
 def test_resume_continues_bit_for_bit(several: tuple[str, Path, str], prepared: Path, tmp_path: Path) -> None:
     strategy, whole, _ = several
     out_dir = tmp_path / "out"
@@ -169,6 +170,7 @@ def test_compiled_fsdp_with_activation_checkpointing_trains_as_one_process_does(
     assert_close(tmp_path / "out", alone, 1e-5)
 
 
+@pytest.mark.long
 def test_process_without_validation_data_ends_all_before_training(prepared: Path, tmp_path: Path) -> None:
     """Otherwise the first process would wait for ever for the second one's part."""
     arguments = pretrain_arguments(tmp_path / "out", prepared, **FIXED, **KIND["fsdp"], devices=2)

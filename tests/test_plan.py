@@ -175,6 +175,7 @@ def test_activations_are_what_autograd_saves(architecture: str, precision: str) 
     assert formula == pytest.approx(saved(config, precision), rel=0.02)
 
 
+@pytest.mark.long
 def test_compiled_code_saves_what_the_formula_says() -> None:
     config, precision = small_config(n_layer=2), "bf16-mixed"  # as in the recipes
     formula = activations(config, 2 * 64, PRECISIONS[precision], compiled=True)
@@ -251,6 +252,7 @@ def test_strategies_spread_what_they_shard() -> None:
 # ------------------------------------------------------------------------------------------------------ a run, for real
 
 
+@pytest.mark.long
 def test_steps_checkpoints_and_disk_are_those_of_a_stock_run(prepared: Path, tmp_path: Path) -> None:
     arguments = pretrain_arguments(
         tmp_path / "run",

@@ -202,6 +202,7 @@ def test_moved_data_is_refused_unless_known_to_be_the_same(prepared, tmp_path):
 # ---------------------------------------------------------------------------------------------------------- real runs
 
 
+@pytest.mark.long
 def test_real_runs_go_on_in_a_moved_folder_and_are_refused_in_one_line(prepared, tmp_path):
     """The newest checkpoint is torn; the run from the one before ends as the whole run did."""
     moved, out_dir = tmp_path / "moved", tmp_path / "out"
@@ -247,6 +248,7 @@ def test_full_disk_leaves_older_checkpoints_and_says_what_to_do(prepared, tmp_pa
     assert resuming.flaw(older) is None
 
 
+@pytest.mark.long
 def test_full_disk_ends_both_ranks_with_one_line(prepared, tmp_path):
     more = TWO_RANKS | {"train__save_interval": 2}
     with ddp(arguments(tmp_path / "out", prepared, 8, **more), tmp_path / "log", file_limit=100 * 1024) as process:

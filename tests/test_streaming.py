@@ -232,7 +232,8 @@ def test_workers_that_are_not_forked_stream_too(here, bucket, chunked, tmp_path)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, str(script), bucket.upload(chunked)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
-    assert int(result.stdout.split()[-1]) > 40, result.stderr[-3000:]
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert int(result.stdout.split()[-1]) > 40
 
 
 def test_storage_options_reach_every_request(here, bucket, chunked, server, monkeypatch):

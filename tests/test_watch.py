@@ -525,6 +525,7 @@ print("RESULT", json.dumps(results))
 """
 
 
+@pytest.mark.long
 def test_two_ranks_give_the_values_of_one(several: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
