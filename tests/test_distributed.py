@@ -74,7 +74,7 @@ def alone(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out_dir
 
 
-@pytest.fixture(scope="module", params=sorted(KIND))
+@pytest.fixture(scope="module", params=[pytest.param("ddp", marks=pytest.mark.long), "fsdp"])
 def several(request: Any, prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, str]:
     """Two processes with activation checkpointing: strategy, folder, output."""
     out_dir = tmp_path_factory.mktemp(request.param) / "out"
