@@ -1,5 +1,6 @@
 """What `launch.py` chooses and refuses, without starting other processes; test_distributed.py starts them."""
 
+import gc
 import inspect
 from pathlib import Path
 from types import SimpleNamespace
@@ -216,20 +217,28 @@ def test_weights_are_those_of_one_device(config: MemSinksConfig, strategy: Any) 
     assert torch.equal(sharded.cos, GPT(config).cos)
 
 
+def wrapped_by_litgpt(config: MemSinksConfig) -> tuple[int, bool]:
+    """Parameters of a model that FSDP1 has wrapped, and whether its embeddings are tied."""
+    model = initialized(config, FSDPStrategy(), "meta")
+    wrapped = FullyShardedDataParallel(
+        model,
+        auto_wrap_policy=ModuleWrapPolicy({type(block) for block in model.transformer.h}),
+        use_orig_params=True,
+        device_id=torch.device("cpu"),
+    )
+    tied = wrapped.module.transformer.wte.weight is wrapped.module.lm_head.weight
+    return sum(parameter.numel() for parameter in wrapped.parameters()), tied
+
+
 def test_fsdp1_keeps_embeddings_tied(config: MemSinksConfig) -> None:
     """LitGPT's own strategy needs GPUs; its wrapping does not. Untied it would count 512 * 32 weights twice."""
-    model = initialized(config, FSDPStrategy(), "meta")
-    expected = sum(parameter.numel() for parameter in model.parameters())
-    blocks = {type(block) for block in model.transformer.h}
+    expected = sum(parameter.numel() for parameter in initialized(config, None, "cpu").parameters())
     init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     try:
-        wrapped = FullyShardedDataParallel(
-            model, auto_wrap_policy=ModuleWrapPolicy(blocks), use_orig_params=True, device_id=torch.device("cpu")
-        )
-        assert sum(parameter.numel() for parameter in wrapped.parameters()) == expected
-        assert wrapped.module.transformer.wte.weight is wrapped.module.lm_head.weight
+        assert wrapped_by_litgpt(config) == (expected, True)
     finally:
         destroy_process_group()
+        gc.collect()  # a worker process that is forked later would abort on freeing a process group of this one
 
 
 # ------------------------------------------------------------------------------------------- activation checkpointing
