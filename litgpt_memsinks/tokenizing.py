@@ -379,10 +379,11 @@ def read_units(
     with _workers(reader, workers) as (pool, counters), _progress(units, done, counters) as redraw:
         running: dict[Future[None], str] = {}
         while True:
-            for name in queue:
-                running[pool.submit(_read_unit, units[missing[name][0]])] = name
-                if len(running) > workers:
-                    break
+            with _interrupts_wait():
+                for name in queue:
+                    running[pool.submit(_read_unit, units[missing[name][0]])] = name
+                    if len(running) > workers:
+                        break
             if not running:
                 return [unit for unit in done if unit is not None]
             finished, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
@@ -405,6 +406,16 @@ def _enough_of(done: Sequence[Done | None], enough: Callable[[list[Done]], bool]
         if enough(prefix):
             return prefix
     return prefix
+
+
+@contextlib.contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """Hold Ctrl-C back where workers may be started: they ignore it, but only once they run."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager

@@ -433,8 +433,15 @@ def slow(self, piece):
 ChunkWriter.__call__ = slow
 """
 
+SLOW_START = f"""
+import os
+forks = []
+os.register_at_fork(before=lambda: forks.append(1), after_in_child=lambda: time.sleep(len(forks) > 1))
+{SLOW_READING}
+"""  # the second worker has not begun when the first one is busy
 
-@pytest.mark.parametrize("slow", [SLOW_READING, SLOW_WRITING], ids=["reading", "writing"])
+
+@pytest.mark.parametrize("slow", [SLOW_READING, SLOW_WRITING, SLOW_START], ids=["reading", "writing", "starting"])
 def test_interrupt_is_one_word(tmp_path: Path, corpus_dir: Path, tokenizer_dir: Path, slow: str) -> None:
     corpus = write_files(tmp_path / "c", {name: read_jsonl(corpus_dir / "train.jsonl") for name in "abc"})
     code = f"import time\nfrom litgpt_memsinks import __main__, tokenizing\n{slow}\n__main__.main()"
