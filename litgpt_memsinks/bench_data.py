@@ -105,7 +105,10 @@ def bench_data(
         work = Path(folder)
         tokenizer_dir = tokenizer_dir or _tokenizer(work)
         inputs = {count: _copies(corpus, work / f"files-{count}", count) for count in {files, files * growth}}
-        turns = [(contender, files) for _ in range(rounds) for contender in CONTENDERS]
+        # each round begins with another one, so that none always follows the same
+        starts = [turn % len(CONTENDERS) for turn in range(rounds)]
+        orders = [CONTENDERS[start:] + CONTENDERS[:start] for start in starts]
+        turns = [(contender, files) for order in orders for contender in order]
         turns += [("ours", files * growth)] * (growth > 1)
         found: dict[tuple[str, int], list[dict[str, Any]]] = {}
         for contender, count in track(turns, "Preparing", transient=True):

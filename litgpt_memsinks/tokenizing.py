@@ -348,7 +348,7 @@ def read_units(
     reader: UnitReader,
     stores: Sequence[Path],
     num_workers: int,
-    enough: Callable[[list[Done]], bool] = lambda done: False,
+    enough: Callable[[list[Done]], bool] | None = None,
 ) -> list[Done]:
     """Read and tokenise units in parallel, those that are not done yet.
 
@@ -357,7 +357,8 @@ def read_units(
         reader: What reads one.
         stores: Folders that may hold finished units; new ones go where the reader puts them, the first.
         num_workers: Processes.
-        enough: Whether these units, the first ones without a gap, suffice; then the others are left unread.
+        enough: Whether these units, the first ones without a gap, suffice; then the others are left unread. ``None``
+            if all are wanted: the largest are read first then, so that all cores end together.
 
     Returns:
         The shortest run of first units that is enough, or all of them.
@@ -374,6 +375,8 @@ def read_units(
         if unit is None:
             missing.setdefault(units[index].name, []).append(index)
     queue = iter(list(missing))
+    if enough is None:
+        queue = iter(sorted(missing, key=lambda name: -units[missing[name][0]].file.size))
     workers = min(num_workers, len(missing))
     reader.threads = num_workers // workers
     with _workers(reader, workers) as (pool, counters), _progress(units, done, counters) as redraw:
@@ -396,14 +399,14 @@ def read_units(
                 return prefix
 
 
-def _enough_of(done: Sequence[Done | None], enough: Callable[[list[Done]], bool]) -> list[Done] | None:
+def _enough_of(done: Sequence[Done | None], enough: Callable[[list[Done]], bool] | None) -> list[Done] | None:
     """The shortest gapless run of finished first units that is enough, if there is one, or all if all are finished."""
     prefix: list[Done] = []
     for unit in done:
         if unit is None:
             return None
         prefix.append(unit)
-        if enough(prefix):
+        if enough is not None and enough(prefix):
             return prefix
     return prefix
 

@@ -261,9 +261,20 @@ def test_only_as_many_units_as_are_wanted(tmp_path: Path, read: Read, read_files
 # -------------------------------------------------------------------------------------------------- errors and signals
 
 
+def test_largest_files_are_read_first_if_all_are_wanted(tmp_path: Path, read: Read) -> None:
+    path = write_files(tmp_path / "c", {"a": texts(2, "a"), "b": texts(9, "b"), "c": texts(5, "c")})
+    done = read(Reading(path))
+    assert [unit.info.documents for unit in done] == [2, 9, 5]  # numbered in the order of the files all the same
+    written = {(unit.folder / "unit.json").stat().st_mtime_ns: unit.info.documents for unit in done}
+    assert [written[moment] for moment in sorted(written)] == [9, 5, 2]
+    first = read(Reading(write_files(tmp_path / "d", {"a": ["x"], "b": texts(9, "d")})), enough=lambda units: True)
+    assert [unit.info.documents for unit in first] == [1]
+
+
 def test_error_in_one_worker_stops_the_others(tmp_path: Path, read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_files(tmp_path / "c", {"a": ["fine"], "b": texts(2000, "b"), "c": texts(2000, "c")})
-    (tmp_path / "c" / "a.jsonl").write_text('{"text": 5}\n')
+    with open(tmp_path / "c" / "b.jsonl", encoding="utf-8") as others, open(tmp_path / "c" / "a.jsonl", "w") as file:
+        file.write('{"text": 5}\n' + others.read())  # the largest, which is read first
     monkeypatch.setattr(tokenizing, "_BATCH_DOCUMENTS", 10)
     real = UnitReader._encode
 
