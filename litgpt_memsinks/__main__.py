@@ -1,29 +1,19 @@
 """The console script ``litgpt-memsinks``: one function per command, help from signatures and docstrings."""
 
+import ast
 import errno
 import os
 import sys
 from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import NamedTuple
 
 from jsonargparse import ArgumentParser
-from litgpt.pretrain import setup
 
-from litgpt_memsinks import __version__
-from litgpt_memsinks.bench import bench
-from litgpt_memsinks.bench_data import bench_data
-from litgpt_memsinks.corpus import train_tokenizer_on, write_corpus
-from litgpt_memsinks.demo import demo
-from litgpt_memsinks.drop_sinks import drop_sinks
 from litgpt_memsinks.errors import MemSinksError
-from litgpt_memsinks.evaluate import evaluate
-from litgpt_memsinks.full_size import full_size
-from litgpt_memsinks.inspect_data import inspect
-from litgpt_memsinks.lookup import lookup
-from litgpt_memsinks.plan import plan
-from litgpt_memsinks.prepare import merge, prepare
-from litgpt_memsinks.report import report
-from litgpt_memsinks.verify import verify
+from litgpt_memsinks.version import __version__
 
 USER_FIXABLE = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE),
@@ -33,36 +23,58 @@ USER_FIXABLE = {
 
 
 class Command(NamedTuple):
-    """A function of the command line."""
+    """A function of the command line. It is imported when it is asked for: PyTorch and LitGPT take seconds."""
 
-    function: Callable[..., object]
+    module: str
+    """Module of this package that has it"""
+    name: str
+    """Of the function"""
     positional: bool = False
     """Whether arguments without a default are given by position"""
-    settings_of: Callable[..., object] | None = None
-    """A command of LitGPT whose settings are taken too, parsed as it does"""
+    settings_of: tuple[str, str] | None = None
+    """Module and name of a command of LitGPT whose settings are taken too, parsed as it does"""
+
+    @property
+    def function(self) -> Callable[..., object]:
+        """The function itself."""
+        return getattr(import_module(f"litgpt_memsinks.{self.module}"), self.name)
+
+    @property
+    def summary(self) -> str:
+        """The first line of its docstring, read without importing it."""
+        spec = find_spec(f"litgpt_memsinks.{self.module}")
+        assert spec is not None  # a module of this package
+        assert spec.origin is not None
+        body = ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body
+        (function,) = (node for node in body if isinstance(node, ast.FunctionDef) and node.name == self.name)
+        return (ast.get_docstring(function) or "").partition("\n")[0]
 
 
 COMMANDS = {
-    "demo": Command(demo),
-    "corpus": Command(write_corpus),
-    "tokenizer": Command(train_tokenizer_on),
-    "prepare": Command(prepare),
-    "merge": Command(merge),
-    "verify": Command(verify, positional=True),
-    "inspect": Command(inspect, positional=True),
-    "lookup": Command(lookup, positional=True),
-    "plan": Command(plan, settings_of=setup),
-    "drop_sinks": Command(drop_sinks, positional=True),
-    "evaluate": Command(evaluate),
-    "report": Command(report),
-    "bench": Command(bench),
-    "bench_data": Command(bench_data),
-    "full_size": Command(full_size),
+    "demo": Command("demo", "demo"),
+    "corpus": Command("corpus", "write_corpus"),
+    "tokenizer": Command("corpus", "train_tokenizer_on"),
+    "prepare": Command("prepare", "prepare"),
+    "merge": Command("prepare", "merge"),
+    "verify": Command("verify", "verify", positional=True),
+    "inspect": Command("inspect_data", "inspect", positional=True),
+    "lookup": Command("lookup", "lookup", positional=True),
+    "plan": Command("plan", "plan", settings_of=("litgpt.pretrain", "setup")),
+    "drop_sinks": Command("drop_sinks", "drop_sinks", positional=True),
+    "evaluate": Command("evaluate", "evaluate"),
+    "report": Command("report", "report"),
+    "bench": Command("bench", "bench"),
+    "bench_data": Command("bench_data", "bench_data"),
+    "full_size": Command("full_size", "full_size"),
 }
 
 
-def build_parser() -> ArgumentParser:
-    """The parser with one subcommand per function."""
+def build_parser(*names: str) -> ArgumentParser:
+    """The parser with one subcommand per function.
+
+    Args:
+        names: The commands whose arguments are wanted, all by default. The others are listed only.
+    """
     parser = ArgumentParser(
         prog="litgpt-memsinks",
         description="Pretrain with memorization sinks, then drop what was memorised. "
@@ -71,19 +83,28 @@ def build_parser() -> ArgumentParser:
     )
     subcommands = parser.add_subcommands()
     for name, command in COMMANDS.items():
-        summary = (command.function.__doc__ or "").strip().splitlines()[0]
+        summary = command.summary
         subparser = ArgumentParser(description=summary)
-        subparser.add_argument("--config", action="config", help="YAML file with any of the settings below.")
-        subparser.add_function_arguments(command.function, as_group=False, as_positional=command.positional)
-        if command.settings_of is not None:
-            subparser.add_function_arguments(command.settings_of, as_group=False, as_positional=True, sub_configs=True)
+        if not names or name in names:
+            add_arguments(subparser, command)
         subcommands.add_subcommand(name, subparser, help=summary)
     return parser
 
 
+def add_arguments(parser: ArgumentParser, command: Command) -> None:
+    """What a command takes."""
+    parser.add_argument("--config", action="config", help="YAML file with any of the settings below.")
+    parser.add_function_arguments(command.function, as_group=False, as_positional=command.positional)
+    if command.settings_of is not None:
+        module, name = command.settings_of
+        setup = getattr(import_module(module), name)
+        parser.add_function_arguments(setup, as_group=False, as_positional=True, sub_configs=True)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Parse the command line and run one command. Errors that the user can fix end in one line and status 1."""
-    parser = build_parser()
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = build_parser(*arguments[:1] or [""])  # a command comes first; without one there is only help
     settings = parser.instantiate_classes(parser.parse_args(arguments))
     values = settings[settings.subcommand].as_dict()
     values.pop("config", None)

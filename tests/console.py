@@ -1,10 +1,15 @@
-"""Running the real console scripts in subprocesses."""
+"""Running the real console scripts, each in a process of its own."""
 
+import atexit
 import csv
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
+
+from litgpt_memsinks.__main__ import COMMANDS
+from tests.zygote import Zygote
 
 SCRIPTS = Path(sys.executable).parent
 REPOSITORY = Path(__file__).parent.parent
@@ -29,27 +34,63 @@ TINY_MODEL = {
 }
 
 
-def run(command, compiled=False, check=True, stderr=subprocess.STDOUT, **environment):
-    """Run a command, stdout and stderr together unless told. Uncompiled unless asked: it takes longer than training."""
-    # `extra` imports of the console scripts must find the checkout even if it is not installed
-    settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), **environment}
-    if not compiled:
-        settings["TORCHDYNAMO_DISABLE"] = "1"
-    result = subprocess.run(
-        [str(part) for part in command],
-        env={**os.environ, **settings},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=stderr,
-        timeout=240,
-    )
+LIBRARIES = ("torch", "lightning", "jsonargparse")
+"""What LitGPT imports of others, in a process that has seen neither LitGPT nor, unless by ``import torch``, us."""
+BOTH = (
+    "litgpt.__main__",
+    "litgpt_memsinks.__main__",
+    *sorted({f"litgpt_memsinks.{command.module}" for command in COMMANDS.values()}),
+)
+"""What the two console scripts import, with all commands of ours."""
+
+
+@cache
+def zygote(modules, autoload):
+    """The process of this session that has these imports and forks for each command."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "TORCHDYNAMO_DISABLE": "1"}
+    if autoload is not None:
+        environment |= {"TORCH_DEVICE_BACKEND_AUTOLOAD": autoload}
+    started = Zygote(modules, environment)
+    atexit.register(started.close)
+    return started
+
+
+def run(command, compiled=False, check=True, stderr=subprocess.STDOUT, imported=(), **environment):
+    """Run a command, stdout and stderr together unless told. Uncompiled unless asked: it takes longer than training.
+
+    ``imported`` names modules that the process may have before it begins, which saves seconds; with none, or if it is
+    compiled, a new interpreter starts.
+    """
+    if imported and not compiled:
+        with started(command, imported, stderr, **environment) as process:
+            process.wait()
+            result = subprocess.CompletedProcess(command, process.returncode, process.output, process.errors)
+    else:
+        command = [str(part) for part in command]
+        values = settings(compiled, environment)
+        result = subprocess.run(command, env=values, text=True, stdout=subprocess.PIPE, stderr=stderr, timeout=240)
     assert not check or result.returncode == 0, result.stdout[-3000:]
     return result
 
 
-def litgpt(*arguments, **options):
+def started(command, imported=BOTH, stderr=subprocess.STDOUT, **environment):
+    """A command that goes on in the background, in a process that has its imports already."""
+    assert "litgpt.__main__" not in imported or not {*NOT_AUTOLOADED} & {*environment}  # it imports us
+    forks = zygote(imported, environment.get("TORCH_DEVICE_BACKEND_AUTOLOAD"))
+    return forks.start([str(part) for part in command], settings(False, environment), stderr)
+
+
+def settings(compiled, environment):
+    """The environment of a command. The console scripts must find the checkout even if it is not installed."""
+    values = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), **environment}
+    if not compiled:
+        values["TORCHDYNAMO_DISABLE"] = "1"
+    return {**os.environ, **values}
+
+
+def litgpt(*arguments, imported=BOTH, **options):
     """The stock ``litgpt`` console script."""
-    return run([SCRIPTS / "litgpt", *arguments], **options)
+    return run([SCRIPTS / "litgpt", *arguments], imported=imported, **options)
 
 
 def litgpt_with_package_imported(*arguments, **options):
@@ -58,9 +99,9 @@ def litgpt_with_package_imported(*arguments, **options):
     return run([sys.executable, "-c", code, *arguments], **options)
 
 
-def memsinks(*arguments, **options):
+def memsinks(*arguments, imported=BOTH, **options):
     """Our console script."""
-    return run([sys.executable, "-m", "litgpt_memsinks", *arguments], **options)
+    return run([SCRIPTS / "litgpt-memsinks", *arguments], imported=imported, **options)
 
 
 def pretrain_arguments(out_dir, data_path, class_path="litgpt_memsinks.MemSinksData", iterations=12, **settings):

@@ -1,13 +1,10 @@
 """Data flows one way: no stage imports a later one."""
 
 import ast
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-from tests.console import NOT_AUTOLOADED, REPOSITORY, run
+from tests.console import REPOSITORY
 
 PACKAGE = REPOSITORY / "litgpt_memsinks"
 STAGES = [
@@ -92,43 +89,3 @@ def test_tools_import_no_stage_behind_data(module):
     later = set(STAGES[STAGES.index("data") + 1 :])
     assert imports(module)
     assert not imports(module) & (later | WHOLE)
-
-
-def test_importing_the_package_does_not_import_litdata():
-    """That settles how the process starts others, before its user could say it."""
-    code = "import sys, litgpt_memsinks.pretrain; litgpt_memsinks.MemSinksData; print('litdata' in sys.modules)"
-    assert run([sys.executable, "-c", code]).stdout.split()[-1] == "False"
-
-
-def test_importing_the_package_replaces_two_attributes_of_litgpt():
-    code = """
-import litgpt.pretrain, litgpt.model, litgpt.config, litgpt.utils, litgpt.data
-modules = [litgpt.pretrain, litgpt.model, litgpt.config, litgpt.utils, litgpt.data]
-before = [dict(vars(module)) for module in modules]
-names = set(litgpt.config.name_to_config)
-import litgpt_memsinks, litgpt_memsinks.__main__
-changed = {
-    (module.__name__, key)
-    for module, old in zip(modules, before)
-    for key in old
-    if not key.startswith("__") and vars(module).get(key) is not old[key]
-}
-print(sorted(changed), sorted(name for name in set(litgpt.config.name_to_config) - names if "MemSinks" not in name))
-"""
-    environment = {"PYTHONPATH": str(REPOSITORY), "PATH": str(Path(sys.executable).parent), **NOT_AUTOLOADED}
-    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-    assert output.stdout.strip().splitlines()[-1] == "[('litgpt.pretrain', 'L'), ('litgpt.pretrain', 'main')] []"
-
-
-def test_autoloading_the_package_replaces_the_same_attributes():
-    code = """
-import inspect, litgpt.pretrain, litgpt.model, litgpt.config, litgpt.utils, litgpt.data
-for module in [litgpt.pretrain, litgpt.model, litgpt.config, litgpt.utils, litgpt.data]:
-    for key, value in vars(module).items():
-        code = getattr(value, "__code__", value if inspect.isclass(value) else type(value))
-        print("attribute", module.__name__, key, getattr(code, "co_filename", code))
-"""
-    with_us, without = (run([sys.executable, "-c", code], **env).stdout.splitlines() for env in ({}, NOT_AUTOLOADED))
-    assert len(without) > 200
-    changed = {tuple(line.split()[1:3]) for line in set(with_us) ^ set(without)}
-    assert changed == {("litgpt.pretrain", "L"), ("litgpt.pretrain", "main")}

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import subprocess
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 
 import litgpt_memsinks
 from litgpt_memsinks.plugin import Finder
-from tests.console import NOT_AUTOLOADED, REPOSITORY, run
+from tests.console import LIBRARIES, NOT_AUTOLOADED, REPOSITORY, run
 
 REGISTERED = """
 import litgpt.config, litgpt.pretrain
@@ -23,9 +24,30 @@ OURS = {"litgpt_memsinks", "litgpt_memsinks.errors", "litgpt_memsinks.plugin", "
 """What ``import litgpt_memsinks`` imports of the package."""
 
 
-def python(code, *options, **settings):
+def python(code, **settings):
+    """What a process prints, stdout and stderr together, that has imported the libraries, but not LitGPT."""
+    return run([sys.executable, "-c", f"import sys\n{code}"], imported=LIBRARIES, **settings).stdout
+
+
+def new_python(code, *options, **settings):
     """What a new process prints, stdout and stderr together."""
     return run([sys.executable, *options, "-c", f"import sys\n{code}"], **settings).stdout
+
+
+ENDS = ["print(1)", "sys.exit(3)", "sys.exit('no')", "1 / 0", "os.kill(os.getpid(), 9)", "os._exit(4)"]
+ENDS += ["import atexit; atexit.register(print, 'end')", "print(sys.argv, os.environ['MINE'], os.getcwd())"]
+
+
+@pytest.mark.parametrize("code", ENDS)
+def test_process_with_its_imports_does_what_a_new_one_does(code):
+    """Else the tests that use one would say little."""
+    command = [sys.executable, "-c", f"import os, sys\n{code}", "argument"]
+    ours, new = (
+        run(command, check=False, stderr=subprocess.PIPE, imported=imported, MINE="is there")
+        for imported in (LIBRARIES, ())
+    )
+    assert (ours.returncode, ours.stdout) == (new.returncode, new.stdout)
+    assert ours.stderr.splitlines()[-1:] == new.stderr.splitlines()[-1:]
 
 
 def test_import_of_torch_imports_nothing_else():
@@ -34,8 +56,8 @@ import torch
 packages = {"litgpt", "litgpt_memsinks", "lightning", "litdata", "pyarrow", "xxhash"}
 print([name for name in sorted(sys.modules) if name.partition(".")[0] in packages])
 """
-    assert python(code) == f"{sorted(OURS)}\n"
-    assert python(code, **NOT_AUTOLOADED) == "[]\n"
+    assert new_python(code) == f"{sorted(OURS)}\n"
+    assert new_python(code, **NOT_AUTOLOADED) == "[]\n"
 
 
 def test_import_of_the_package_needs_the_standard_library_only():
@@ -45,7 +67,7 @@ others = [name for name in sorted(sys.modules) if name.partition(".")[0] not in 
 print(others, litgpt_memsinks.__version__, litgpt_memsinks.MemSinksError.__name__)
 """
     expected = f"{sorted(OURS)} {litgpt_memsinks.__version__} MemSinksError\n"
-    assert python(code, "-S") == expected  # no site-packages, and nothing that they import at the start
+    assert new_python(code, "-S") == expected  # no site-packages, and nothing that they import at the start
 
 
 def test_import_of_torch_works_where_the_entry_point_can_be_seen_but_litgpt_is_missing(tmp_path):
@@ -57,8 +79,8 @@ def test_import_of_torch_works_where_the_entry_point_can_be_seen_but_litgpt_is_m
     (seen / "entry_points.txt").write_text(f"[torch.backends]\nseen = {entry_point.value}\n")
     path = os.pathsep.join(map(str, [REPOSITORY, tmp_path, Path(torch.__file__).parent.parent]))
     code = "sys.modules.update(dict.fromkeys(['litgpt', 'lightning', 'jsonargparse', 'litdata']))\nimport torch"
-    assert python(code, "-S", PYTHONPATH=path) == ""  # -S: what the installation adds to sys.path is missing, too
-    assert python(f"{code}\nprint('litgpt_memsinks' in sys.modules)", "-S", PYTHONPATH=path) == "True\n"
+    assert new_python(code, "-S", PYTHONPATH=path) == ""  # -S: what the installation adds to sys.path is missing, too
+    assert new_python(f"{code}\nprint('litgpt_memsinks' in sys.modules)", "-S", PYTHONPATH=path) == "True\n"
 
 
 @pytest.mark.parametrize("environment", [{}, NOT_AUTOLOADED], ids=["auto", "off"])
@@ -124,3 +146,48 @@ def test_data_module_is_not_to_be_had_without_the_dispatcher():
 def test_finder_leaves_other_modules_to_others():
     assert Finder().find_spec("litgpt.model", importlib.util.find_spec("litgpt").submodule_search_locations) is None
     assert Finder().find_spec("litgpt.pretrain", []) is None
+
+
+# --------------------------------------------------------------------------------------------- what an import changes
+
+
+def test_importing_the_package_does_not_import_litdata():
+    """That settles how the process starts others, before its user could say it."""
+    code = "import litgpt_memsinks.pretrain; litgpt_memsinks.MemSinksData; print('litdata' in sys.modules)"
+    assert python(code, **NOT_AUTOLOADED).split()[-1] == "False"
+
+
+def test_importing_the_package_replaces_two_attributes_of_litgpt():
+    code = """
+import litgpt.pretrain, litgpt.model, litgpt.config, litgpt.utils, litgpt.data
+modules = [litgpt.pretrain, litgpt.model, litgpt.config, litgpt.utils, litgpt.data]
+before = [dict(vars(module)) for module in modules]
+names = set(litgpt.config.name_to_config)
+import litgpt_memsinks.__main__
+litgpt_memsinks.__main__.build_parser()  # imports all commands
+changed = {
+    (module.__name__, key)
+    for module, old in zip(modules, before)
+    for key in old
+    if not key.startswith("__") and vars(module).get(key) is not old[key]
+}
+print(sorted(changed), sorted(name for name in set(litgpt.config.name_to_config) - names if "MemSinks" not in name))
+"""
+    assert (
+        python(code, **NOT_AUTOLOADED).strip().splitlines()[-1]
+        == "[('litgpt.pretrain', 'L'), ('litgpt.pretrain', 'main')] []"
+    )
+
+
+def test_autoloading_the_package_replaces_the_same_attributes():
+    code = """
+import inspect, litgpt.pretrain, litgpt.model, litgpt.config, litgpt.utils, litgpt.data
+for module in [litgpt.pretrain, litgpt.model, litgpt.config, litgpt.utils, litgpt.data]:
+    for key, value in vars(module).items():
+        code = getattr(value, "__code__", value if inspect.isclass(value) else type(value))
+        print("attribute", module.__name__, key, getattr(code, "co_filename", code))
+"""
+    with_us, without = (python(code, **env).splitlines() for env in ({}, NOT_AUTOLOADED))
+    assert len(without) > 200
+    changed = {tuple(line.split()[1:3]) for line in set(with_us) ^ set(without)}
+    assert changed == {("litgpt.pretrain", "L"), ("litgpt.pretrain", "main")}

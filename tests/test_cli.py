@@ -1,7 +1,6 @@
 """The console script: help from docstrings, one line for an error, a status that says so."""
 
 import json
-import resource
 import subprocess
 import sys
 
@@ -10,22 +9,37 @@ import pytest
 from litgpt_memsinks import __version__
 from litgpt_memsinks.__main__ import COMMANDS, main
 from litgpt_memsinks.manifest import Manifest
-from tests.console import REPOSITORY, SCRIPTS, memsinks, run
+from tests.console import BOTH, LIBRARIES, SCRIPTS, memsinks, run
 
 
 def test_help_lists_every_command_with_its_docstring():
-    output = memsinks("--help").stdout
+    output = memsinks("--help", imported=()).stdout
     for name, command in COMMANDS.items():
         assert name in output
         assert command.function.__doc__.split()[0] in output
 
 
+def test_help_imports_neither_pytorch_nor_litgpt():
+    """They take seconds. Nor does anything else that is not needed for a list of the commands."""
+    code = """
+import sys
+from litgpt_memsinks.__main__ import main
+try:
+    main(["--help"])
+finally:
+    print(sorted({"torch", "lightning", "litgpt", "litdata", "pyarrow", "matplotlib"} & {*sys.modules}))
+"""
+    output = run([sys.executable, "-c", code]).stdout
+    assert output.splitlines()[-1] == "[]"
+    for name, command in COMMANDS.items():
+        assert f"{name} " in output
+        assert command.summary == command.function.__doc__.splitlines()[0]
+
+
 @pytest.mark.parametrize("name", sorted(COMMANDS))
-def test_help_of_a_command_describes_every_argument(name, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main([name, "--help"])
-    assert stop.value.code == 0
-    output = " ".join(capsys.readouterr().out.split())
+def test_help_of_a_command_describes_every_argument(name):
+    """In a process that has imported none of our commands, each of which imports what it needs."""
+    output = " ".join(run([SCRIPTS / "litgpt-memsinks", name, "--help"], imported=LIBRARIES).stdout.split())
     documented = COMMANDS[name].function.__doc__.split("Args:")[1]
     for argument in COMMANDS[name].function.__annotations__:
         if argument != "return":
@@ -34,8 +48,9 @@ def test_help_of_a_command_describes_every_argument(name, capsys):
 
 
 def test_installed_script_is_the_module():
-    assert run([SCRIPTS / "litgpt-memsinks", "--version"]).stdout == memsinks("--version").stdout
-    assert __version__ in memsinks("--version").stdout
+    output = run([SCRIPTS / "litgpt-memsinks", "--version"]).stdout
+    assert output == run([sys.executable, "-m", "litgpt_memsinks", "--version"]).stdout
+    assert __version__ in output
 
 
 BAD_INPUT = {
@@ -99,16 +114,15 @@ def test_tokenizer_and_corpus_commands(tmp_path, capsys):
 
 def test_no_space_is_one_line(tmp_path, corpus_dir, tokenizer_dir):
     arguments = ["--train", corpus_dir / "train.jsonl", "--out_dir", tmp_path / "out", "--tokenizer_dir", tokenizer_dir]
-    command = [sys.executable, "-m", "litgpt_memsinks", "prepare", *map(str, arguments)]
     limit = 20_000  # bytes in a file: the tokens take 178,000, in a worker process
-    result = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=REPOSITORY,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )
+    code = f"""
+import resource
+from litgpt_memsinks.__main__ import main
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+main()
+"""
+    command = [sys.executable, "-c", code, "prepare", *arguments]
+    result = run(command, imported=BOTH, check=False, stderr=subprocess.PIPE)
     assert result.returncode == 1
     assert result.stderr.strip().splitlines()[-1].startswith("Error: [Errno 27] File too large")
     assert "Traceback" not in result.stderr

@@ -38,7 +38,7 @@ def path_of(name: str, small: bool = False) -> Path:
 def parse(recipe: Path, out_dir: Path = Path("out"), tokenizer_dir: Path = Path("tokenizer")) -> dict[str, Any]:
     """The settings that `litgpt-memsinks prepare --config RECIPE` calls its function with."""
     command = ["prepare", "--config", recipe, "--out_dir", out_dir, "--tokenizer_dir", tokenizer_dir]
-    parser = build_parser()
+    parser = build_parser("prepare")
     settings = parser.instantiate_classes(parser.parse_args([str(part) for part in command])).prepare.as_dict()
     settings.pop("config")
     return settings

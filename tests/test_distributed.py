@@ -62,7 +62,7 @@ def without_command(arguments: list[str]) -> list[str]:
 def launched(strategy: str, arguments: list[str]) -> Any:
     """FSDP2 by the console script, which starts the second process; DDP by torchrun."""
     if strategy == "fsdp":
-        return litgpt(*arguments)
+        return litgpt(*arguments, imported=())
     return script("torchrun.sh", without_command(arguments), DEVICES="2")
 
 

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import asdict
@@ -19,7 +18,7 @@ from litgpt_memsinks.config import MemSinksConfig, SinkArgs
 from litgpt_memsinks.drop_sinks import drop_sinks, without_sinks
 from litgpt_memsinks.errors import MemSinksError
 from litgpt_memsinks.model import GPT
-from tests.console import REPOSITORY, TINY_MODEL, memsinks
+from tests.console import SCRIPTS, TINY_MODEL, memsinks, started
 
 MODELS = {
     "llama": {},
@@ -178,7 +177,7 @@ def test_refuses_to_overwrite(tmp_path):
 
 
 def test_command_prints_one_line_for_an_error(tmp_path):
-    result = memsinks("drop_sinks", tmp_path / "nothing", tmp_path / "out", check=False)
+    result = memsinks("drop_sinks", tmp_path / "nothing", tmp_path / "out", check=False, imported=())
     assert result.returncode == 1
     assert result.stdout.startswith("Error: ")
     assert result.stdout.count("\n") == 1
@@ -204,9 +203,10 @@ module.drop_sinks(Path(sys.argv[1]), Path(sys.argv[2]))
 def test_kill_9_leaves_nothing_that_looks_finished(tmp_path):
     save(tmp_path / "in")
     command = [sys.executable, "-c", SLOW_SAVE, str(tmp_path / "in"), str(tmp_path / "out")]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
-        assert process.stdout.readline() == "half\n"
+    with started(command) as process:
+        while process.output != "half\n":
+            assert process.poll() is None, process.output
+            time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
     assert not (tmp_path / "out").exists()
     drop_sinks(tmp_path / "in", tmp_path / "out")  # the same call afterwards clears up and succeeds
@@ -217,8 +217,7 @@ def test_kill_9_leaves_nothing_that_looks_finished(tmp_path):
 @pytest.mark.parametrize("delay", [0.0, 0.3, 0.6])
 def test_kill_9_at_any_time_leaves_the_whole_or_nothing(delay, tmp_path):
     save(tmp_path / "in", n_layer=4, n_embd=256, intermediate_size=4096)
-    command = [sys.executable, "-m", "litgpt_memsinks", "drop_sinks", str(tmp_path / "in"), str(tmp_path / "out")]
-    with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, cwd=tmp_path) as process:
+    with started([SCRIPTS / "litgpt-memsinks", "drop_sinks", tmp_path / "in", tmp_path / "out"]) as process:
         while process.poll() is None and not list(tmp_path.glob(".out.*.incomplete")):
             time.sleep(0.005)
         time.sleep(delay * 0.1)

@@ -169,7 +169,7 @@ chunk_bytes: 8192
 
 
 def parse(path: Path, *more: str) -> Change:
-    parser = build_parser()
+    parser = build_parser("prepare")
     arguments = ["prepare", "--config", str(path), "--out_dir", "o", "--tokenizer_dir", "t", *more]
     settings = parser.instantiate_classes(parser.parse_args(arguments))
     return settings.prepare.as_dict()

@@ -20,7 +20,7 @@ from litgpt.utils import chunked_cross_entropy, num_parameters
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.profiler import ProfilerActivity, profile
 
-from litgpt_memsinks.__main__ import COMMANDS, Command, main
+from litgpt_memsinks.__main__ import main
 from litgpt_memsinks.config import LaunchArgs, MemSinksConfig, SinkArgs
 from litgpt_memsinks.drop_sinks import without_sinks
 from litgpt_memsinks.expectations import Data, active, colliding_pairs, coverage, overlap, private, sink_warnings
@@ -408,7 +408,7 @@ def test_settings_are_parsed_as_stock_litgpt_does(monkeypatch: pytest.MonkeyPatc
         """Stands for plan."""
         received.update(settings)
 
-    monkeypatch.setitem(COMMANDS, "plan", Command(receive, settings_of=setup))
+    monkeypatch.setattr("litgpt_memsinks.plan.plan", receive)
     run_plan(*arguments)
     assert received == stock
 

@@ -14,7 +14,8 @@ import litgpt.utils
 import pytest
 
 from litgpt_memsinks import preemption, resuming
-from tests.console import logged
+from tests.console import BOTH, logged
+from tests.console import run as run_command
 from tests.training_process import TWO_RANKS, arguments, assert_same, ddp, finish, steps, training, training_state
 
 ITERATIONS = 60
@@ -202,4 +203,4 @@ with listening(SimpleNamespace(state={{1: 1}}, stop_signal=0)):
     time.sleep({wait})
     os.kill(os.getpid(), signal.SIGTERM)
 """
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == status
+    assert run_command([sys.executable, "-c", code], check=False, imported=BOTH).returncode == status

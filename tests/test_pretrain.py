@@ -1,4 +1,7 @@
-"""The stock ``litgpt pretrain`` in subprocesses: with sinks, without them, and without us."""
+"""The stock ``litgpt pretrain`` in subprocesses: with sinks, without them, and without us.
+
+Where it is part of the test how the package is found, the process has imported neither LitGPT nor us before.
+"""
 
 import shutil
 import subprocess
@@ -12,6 +15,7 @@ from litdata import TokensLoader, optimize
 from litgpt_memsinks import MemSinksConfig, SinkArgs, pretrain
 from litgpt_memsinks.checkpoint import read_weights
 from tests.console import (
+    LIBRARIES,
     NOT_AUTOLOADED,
     litgpt,
     litgpt_with_package_imported,
@@ -49,7 +53,7 @@ def plain(prepared, tmp_path_factory):
 def stock_run(plain, tmp_path_factory):
     """A run of stock LitGPT on the plain stream, in a process that never imports us."""
     out_dir = tmp_path_factory.mktemp("stock") / "out"
-    litgpt(*pretrain_arguments(out_dir, plain, "litgpt.data.LitData"), **NOT_AUTOLOADED)
+    litgpt(*pretrain_arguments(out_dir, plain, "litgpt.data.LitData"), imported=LIBRARIES, **NOT_AUTOLOADED)
     return out_dir
 
 
@@ -57,7 +61,7 @@ def stock_run(plain, tmp_path_factory):
 def sink_run(prepared, tmp_path_factory):
     """A run with sinks, with a checkpoint in the middle."""
     out_dir = tmp_path_factory.mktemp("sinks") / "out"
-    result = litgpt(*pretrain_arguments(out_dir, prepared, **SINKS, train__save_interval=5))
+    result = litgpt(*pretrain_arguments(out_dir, prepared, **SINKS, train__save_interval=5), imported=())
     return out_dir, result.stdout
 
 
@@ -68,7 +72,7 @@ SINKS = {"data__sinks__shared_fraction": 0.5, "data__sinks__active_probability":
     ("command", "environment"), [(litgpt, {}), (litgpt_with_package_imported, NOT_AUTOLOADED)], ids=["auto", "imported"]
 )
 def test_stock_recipe_is_untouched_by_the_package(command, environment, plain, stock_run, tmp_path):
-    command(*pretrain_arguments(tmp_path / "out", plain, "litgpt.data.LitData"), **environment)
+    command(*pretrain_arguments(tmp_path / "out", plain, "litgpt.data.LitData"), imported=LIBRARIES, **environment)
     assert len(logged(stock_run)) == 12
     assert logged(tmp_path / "out") == logged(stock_run)
     assert logged(tmp_path / "out", "val_loss") == logged(stock_run, "val_loss")
@@ -197,7 +201,7 @@ def test_memsinks_model_with_other_data_is_refused_in_one_line(tmp_path):
     """The recipe does not name us, so LitGPT knows the model only because the package is found by itself."""
     arguments = ["--out_dir", tmp_path / "out", "--precision", "32-true", "--logger_name", "csv", "--devices", 1]
     command = ["pretrain", "SmolLM-360M-MemSinks", "--data", "LitData", *arguments]
-    result = litgpt(*command, check=False, stderr=subprocess.PIPE)
+    result = litgpt(*command, check=False, stderr=subprocess.PIPE, imported=LIBRARIES)
     assert result.returncode != 0
     (error,) = result.stderr.splitlines()
     assert error.startswith("Error: 'SmolLM-360M-MemSinks' trains with sinks only on data with sequence IDs, but data")
@@ -206,7 +210,7 @@ def test_memsinks_model_with_other_data_is_refused_in_one_line(tmp_path):
 def test_recipe_without_our_package_name_trains_with_sinks(prepared, tmp_path):
     """Short class name, registered model: neither would be known to a LitGPT that has not imported us."""
     settings = {"model_name": "Tiny-MemSinks", "class_path": "MemSinksData", "iterations": 2}
-    result = litgpt(*pretrain_arguments(tmp_path / "out", prepared, **settings))
+    result = litgpt(*pretrain_arguments(tmp_path / "out", prepared, **settings), imported=LIBRARIES)
     assert "192 of 384 neurons of each MLP are shared (g = 0.500)" in result.stdout
     assert len(logged(tmp_path / "out")) == 2
 

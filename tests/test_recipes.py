@@ -96,7 +96,7 @@ def test_recipe_is_parsed_by_litgpt(recipe: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("recipe", DATA, ids=names(DATA))
 def test_recipe_is_parsed_by_prepare(recipe: Path) -> None:
     command = ["prepare", "--config", str(recipe), "--out_dir", "out", "--tokenizer_dir", "tokenizer"]
-    parser = build_parser()
+    parser = build_parser("prepare")
     settings = parser.instantiate_classes(parser.parse_args(command)).prepare
     assert all(isinstance(source, Source) for source in settings.sources.values())
 

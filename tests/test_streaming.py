@@ -4,10 +4,8 @@ import datetime
 import importlib.util
 import ipaddress
 import json
-import os
 import re
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -31,7 +29,7 @@ from litgpt_memsinks import MemSinksData, remote
 from litgpt_memsinks.errors import MemSinksError
 from litgpt_memsinks.manifest import Manifest
 from litgpt_memsinks.prepare import prepare
-from tests.console import TINY_MODEL, litgpt, logged, memsinks, pretrain_arguments
+from tests.console import BOTH, TINY_MODEL, litgpt, logged, memsinks, pretrain_arguments, run, started
 
 B, T = 2, 16
 
@@ -229,10 +227,7 @@ def test_workers_that_are_not_forked_stream_too(here, bucket, chunked, tmp_path)
         "    data.connect(batch_size=1, max_seq_length=64)\n"
         "    print(sum(1 for _ in data.val_dataloader()))\n"
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, str(script), bucket.upload(chunked)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
-    assert result.returncode == 0, result.stderr[-3000:]
+    result = run([script, bucket.upload(chunked)], imported=BOTH)
     assert int(result.stdout.split()[-1]) > 40
 
 
@@ -266,10 +261,9 @@ def test_many_processes_at_once_copy_one_whole_folder(here, bucket, prepared):
     url = bucket.upload(prepared)
     code = f"from litgpt_memsinks import MemSinksData; print(MemSinksData(data_path={url!r}).tokenizer_dir)"
     command = [sys.executable, "-c", code]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    runs = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    (folder,) = {run.communicate(timeout=100)[0].strip() for run in runs}
-    assert not any(run.returncode for run in runs)
+    with started(command) as one, started(command) as other:
+        assert one.wait() == other.wait() == 0, one.output + other.output
+        (folder,) = {one.output.strip(), other.output.strip()}
     assert (Path(folder) / "tokenizer.json").read_bytes() == (prepared / "tokenizer/tokenizer.json").read_bytes()
     assert list((here / "memsinks").iterdir()) == [Path(folder).parent]  # nothing half-written beside it
 
