@@ -23,6 +23,7 @@ from litgpt_memsinks.lookup import lookup
 from litgpt_memsinks.plan import plan
 from litgpt_memsinks.prepare import merge, prepare
 from litgpt_memsinks.report import report
+from litgpt_memsinks.theory import theory
 from litgpt_memsinks.verify import verify
 
 USER_FIXABLE = {
@@ -58,6 +59,7 @@ COMMANDS = {
     "bench": Command(bench),
     "bench_data": Command(bench_data),
     "full_size": Command(full_size),
+    "theory": Command(theory),
 }
 
 
