@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -336,18 +337,22 @@ def test_accumulation_is_within_the_corrected_bounds(setup):
     assert result.sinks >= accumulation.corrected_sink_bound(setup, result.c_max) - 1e-12
 
 
-@given(setup=sunk)
+@given(
+    steps=st.integers(500, 5000),
+    repeats=st.integers(1, 5),
+    shared_share=st.floats(0.3, 0.6),
+    least=st.floats(0.5, 0.8),
+    most=st.floats(0.8, 1),
+)
 @some
-def test_corrected_threshold_is_where_the_corrected_bounds_meet(setup):
-    if setup.others == 0 or setup.shared_share > 0.99 or setup.most_similarity < 0.01:
-        return
-    c_min, c_max = 0.04, 0.11
-    limit = accumulation.corrected_threshold(setup, c_min, c_max)
-    if 0 <= limit <= 1:
-        there = accumulation.Accumulation(**{**vars(setup), "active": limit})
-        assert accumulation.corrected_sink_bound(there, c_max) == pytest.approx(
-            accumulation.corrected_shared_bound(there, c_min)
-        )
+def test_corrected_threshold_is_where_the_corrected_bounds_meet(steps, repeats, shared_share, least, most):
+    setup = accumulation.Accumulation(
+        steps=steps, repeats=repeats, shared_share=shared_share, least_similarity=least, most_similarity=most
+    )
+    limit = accumulation.corrected_threshold(setup, c_min=0.04, c_max=0.11)
+    there = replace(setup, active=limit)  # in [0, 1], or it would be refused
+    meeting = accumulation.corrected_shared_bound(there, c_min=0.04)
+    assert accumulation.corrected_sink_bound(there, c_max=0.11) == pytest.approx(meeting, abs=1e-12)
 
 
 def test_accumulation_is_sgd_with_sinks_switched_off():
