@@ -66,6 +66,7 @@ COMMANDS = {
     "bench": Command("bench", "bench"),
     "bench_data": Command("bench_data", "bench_data"),
     "full_size": Command("full_size", "full_size"),
+    "theory": Command("theory", "theory"),
 }
 
 

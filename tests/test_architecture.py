@@ -55,6 +55,8 @@ TOOLS = {"document_table", "document_walk", "inspect_data", "lookup", "verify"}
 WHOLE = {
     *("__init__", "__main__", "plugin", "demo", "bench", "bench_loader", "bench_data", "near_duplicate_table"),
     *("plan", "schedule", "sizing", "expectations", "full_size"),
+    *("theory", "theory_entanglement", "theory_coadaptation", "theory_forgetting", "theory_accumulation"),
+    *("theory_verdict", "theory_figures"),
 }
 """Modules that see all stages."""
 
