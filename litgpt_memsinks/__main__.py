@@ -4,8 +4,10 @@ import errno
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
+import docstring_parser
 from jsonargparse import ArgumentParser
 from litgpt.pretrain import setup
 
@@ -38,6 +40,8 @@ class Command(NamedTuple):
     function: Callable[..., object]
     positional: bool = False
     """Whether arguments without a default are given by position"""
+    several: str | None = None
+    """An argument that is given by position, once or more"""
     settings_of: Callable[..., object] | None = None
     """A command of LitGPT whose settings are taken too, parsed as it does"""
 
@@ -54,7 +58,7 @@ COMMANDS = {
     "plan": Command(plan, settings_of=setup),
     "drop_sinks": Command(drop_sinks, positional=True),
     "evaluate": Command(evaluate),
-    "report": Command(report),
+    "report": Command(report, several="results"),
     "bench": Command(bench),
     "bench_data": Command(bench_data),
     "full_size": Command(full_size),
@@ -74,11 +78,21 @@ def build_parser() -> ArgumentParser:
         summary = (command.function.__doc__ or "").strip().splitlines()[0]
         subparser = ArgumentParser(description=summary)
         subparser.add_argument("--config", action="config", help="YAML file with any of the settings below.")
-        subparser.add_function_arguments(command.function, as_group=False, as_positional=command.positional)
+        skip: set[str | int] = set()
+        if command.several is not None:
+            skip.add(command.several)
+            subparser.add_argument(command.several, nargs="+", type=Path, help=_meaning(command))
+        subparser.add_function_arguments(command.function, as_group=False, as_positional=command.positional, skip=skip)
         if command.settings_of is not None:
             subparser.add_function_arguments(command.settings_of, as_group=False, as_positional=True, sub_configs=True)
         subcommands.add_subcommand(name, subparser, help=summary)
     return parser
+
+
+def _meaning(command: Command) -> str:
+    """What the docstring says of the argument that is given once or more."""
+    entries = docstring_parser.parse(command.function.__doc__ or "").params
+    return next(entry.description or "" for entry in entries if entry.arg_name == command.several)
 
 
 def main(arguments: list[str] | None = None) -> None:
