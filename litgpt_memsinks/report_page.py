@@ -44,6 +44,7 @@ FOLDER = Path(__file__).parent
 MARKED_WORDS = 3
 """Shortest run of words that counts as taken from the document"""
 EXAMPLES = 4
+REFERENCES = {"standard": "model of standard training", "left_out": "model that never saw the documents"}
 
 PARTS = {
     "losses": "Losses",
@@ -133,13 +134,10 @@ def verdict(results: Results) -> Verdict:
     if any(found.get("pass") for _, found in judged):
         left = f"; {len(by_state[None])} could not be checked" if by_state[None] else ""
         return Verdict("Pass", "pass", f"{subject} meets all {known} thresholds{left}.", checks)
-    lacking = [role for role in ("standard", "left_out") if results.role(role) is None]
-    reason = (
-        f"there is no {' and no '.join(map(spoken, lacking))} model to compare with. Give them to evaluate: "
-        + " ".join(f"--{role} DIR" for role in lacking)
-        if lacking
-        else "the gap was not measured"
-    )
+    lacking = {role: words for role, words in REFERENCES.items() if results.role(role) is None}
+    options = " ".join(f"--{role} DIR" for role in lacking)
+    reason = f"there is no {' and no '.join(lacking.values())} to compare with. Give evaluate {options}"
+    reason = reason if lacking else "the gap was not measured"
     return Verdict("No verdict", "none", f"{subject}: {reason}.", checks)
 
 

@@ -145,7 +145,7 @@ def ticks(axis: Axis, ends: tuple[float, float]) -> list[tuple[float, str]]:
         values = [float(place) for place in range(len(axis.categories))]
     elif axis.log:
         exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        steps = (1, 2, 5) if len(exponents) < 4 else (1,)
+        steps = (1, 2, 5) if math.log10(high / low) < 2.5 else (1,)
         values = [float(f"{step}e{exponent}") for exponent in exponents for step in steps]
     else:
         values = [float(value) for value in MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)]

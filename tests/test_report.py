@@ -108,7 +108,7 @@ def test_file_without_a_verdict_says_what_lacks(made):
     found = verdict(read_results([change(made, edit)]))
     assert found.word == "No verdict"
     assert found.sentence == (
-        "memsinks: there is no left out model to compare with. Give them to evaluate: --left_out DIR."
+        "memsinks: there is no model that never saw the documents to compare with. Give evaluate --left_out DIR."
     )
 
 
