@@ -68,7 +68,8 @@ for (const table of document.querySelectorAll(".sortable")) {
     const button = document.createElement("button");
     button.type = "button";
     button.className = "sort";
-    button.append(head.firstChild);
+    button.textContent = head.firstChild.textContent.trim();
+    head.firstChild.replaceWith(" ");
     head.prepend(button);
     head.setAttribute("aria-sort", "none");
     button.addEventListener("click", () => {

@@ -30,6 +30,7 @@ from litgpt_memsinks.report_results import (
 )
 from litgpt_memsinks.report_svg import chart_svg, legend, swatch
 from litgpt_memsinks.report_table import (
+    COMPARISON,
     INTERVALS,
     METRICS,
     STATES,
@@ -85,7 +86,7 @@ def page(results: Results) -> str:
         examples=examples(results),
         columns=COLUMNS,
         cells=[(row["arm"], [(compared(row, name), form) for name, _, form, _ in COLUMNS]) for row in results.rows],
-        tables=tables(results),
+        tables=[table for table in tables(results) if table.group != COMPARISON],  # that stands on top
         metrics=METRICS,
         states=STATES,
         intervals=INTERVALS,

@@ -29,23 +29,24 @@ class Metric(NamedTuple):
     definition: str
 
 
+COMPARISON = "Comparison"
 METRICS = {
     "gap_closed": Metric(
-        "Comparison",
+        COMPARISON,
         "gap closed",
         ".0%",
         "How far the loss on the repeated documents comes, sinks dropped, from standard training's (0%) to that of a "
         "model that never saw them (100%). Higher is more forgotten; above 100% is worse on them than that model.",
     ),
     "validation_change": Metric(
-        "Comparison",
+        COMPARISON,
         "cost in validation loss",
         "+.1%",
         "Validation loss, sinks dropped, relative to standard training of the same seed. Lower is better; "
         "below 0% the model is better than standard training's.",
     ),
     "repeated_ratio": Metric(
-        "Comparison",
+        COMPARISON,
         "share of unseen loss",
         ".0%",
         "Loss on the repeated documents as a share of the loss of a model that never saw them (the paper's Fig. 4b).",
@@ -244,7 +245,8 @@ def show_interval(found: Estimate | None, form: str) -> str:
 
 
 def _text(value: float, form: str) -> str:
-    return format(value, form).replace("-", "−")
+    text = format(value, form)
+    return (text if text.strip("-+0.%") else text.replace("-", "")).replace("-", "−")  # no minus zero
 
 
 @dataclass

@@ -82,7 +82,7 @@ def extraction(arm, rng):
             "prompt": prompt,
             "exact": estimate(share if prompt == "own" else 0.0, 0.05),
             "rouge_l": estimate(0.2 + 0.8 * share),
-            "levenshtein": estimate(30 * (1 - share), 2),
+            "levenshtein": estimate(0.7 * (1 - share)),
             "common_prefix": estimate(suffix * share, 2),
             "examples": list(examples(state, share, rng)) if prompt == "own" else [],
         }
