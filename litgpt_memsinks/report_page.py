@@ -22,6 +22,7 @@ from litgpt_memsinks.report_results import (
     Estimate,
     Mapping,
     Results,
+    clean,
     compared,
     estimate,
     mean,
@@ -66,6 +67,7 @@ def page(results: Results) -> str:
         loader=FileSystemLoader(FOLDER),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=lambda value: clean(str(value)) if type(value) is str or isinstance(value, Path) else value,
         trim_blocks=True,
         lstrip_blocks=True,
     )

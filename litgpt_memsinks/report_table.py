@@ -218,12 +218,12 @@ def _measured(parts: Mapping) -> Iterator[tuple[str, str, object]]:
 
 def state_label(state: object) -> str:
     """A state as a reader calls it."""
-    return STATES[state][0] if isinstance(state, str) and state in STATES else str(state)
+    return STATES[state][0] if isinstance(state, str) and state in STATES else printable(str(state))
 
 
 def attack_label(attack: object) -> str:
     """An attack as the literature calls it."""
-    return ATTACKS.get(str(attack), str(attack))
+    return ATTACKS.get(str(attack), printable(str(attack)))
 
 
 def extraction_label(entry: Mapping) -> str:
