@@ -229,6 +229,7 @@ def curves(results: Results) -> Iterator[Chart]:
     """Losses over training, one line per arm: its first seed that has any."""
     lines = {arm: next(filter(None, map(curve, results.of(arm))), {}) for arm in results.arms}
     repeated = [loss for line in lines.values() for key in line if key != "validation" for _, loss in line[key]]
+    counted = "step" if any(model["parts"].get("curve") for model in results.models) else "iteration"  # as LitGPT logs
     limits = (0.9 * min(repeated), 1.1 * max(repeated)) if repeated and min(repeated) > 0 else None
     for key, title, reading in (
         ("validation", "Validation loss", "Lower is better."),
@@ -242,7 +243,7 @@ def curves(results: Results) -> Iterator[Chart]:
         ]
         if series:
             y = Axis("nats per token", log=True, limits=limits if key != "validation" else None)
-            yield Chart(f"curve_{key}", title, f"{reading} One seed.", Axis("step"), y, series)
+            yield Chart(f"curve_{key}", title, f"{reading} One seed.", Axis(counted), y, series)
 
 
 def documents(results: Results) -> Iterator[Chart]:
@@ -288,7 +289,7 @@ def extraction(results: Results) -> Iterator[Chart]:
             series += _by_arm(results, state_label(state), given, slot, ".1%")
         if series:
             yield Chart(
-                f"extraction_{prefix}_{suffix}",
+                f"extraction_{slug(f'{prefix} {suffix}')}",
                 f"{suffix} tokens after {prefix} are given",
                 "Further left is better: less comes out.",
                 Axis("extracted word for word", percent=True, limits=(0.0, 1.0)),
