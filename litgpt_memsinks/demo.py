@@ -108,10 +108,10 @@ def demo(
     write_results(results_file, results, streams["stream"])
     picture = out_dir / "report.png"
     picture.unlink(missing_ok=True)
-    report(results_file, picture)
-    page = out_dir / "report.html"
+    page = picture.with_suffix(".html")
     page.unlink(missing_ok=True)
     report(results_file, page)
+    report(results_file, picture)
     print_results(results)
     print(
         f"Numbers: {results_file}   Report: {page}   Time: {(time.monotonic() - started) / 60:.1f} min\n"
