@@ -167,7 +167,7 @@ def _read(path: Path) -> Mapping:
             content = _from_format_1(content)
         if content["format"] == 2 and content["models"]:
             for model in content["models"]:
-                model["parts"] = {name: part for name, part in model["parts"].items() if part}
+                model["parts"] = {name: part for name, part in (model.get("parts") or {}).items() if part}
             for named in (*content["models"], *(content.get("comparison") or [])):
                 named["arm"] = printable(str(named["arm"]))
             return content

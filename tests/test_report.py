@@ -208,6 +208,8 @@ def test_minimal_file_makes_a_page(tmp_path):
     text = page(read_results([tmp_path / "r.json"]))
     assert "1.500" in text
     assert "No verdict" in text
+    (tmp_path / "r.json").write_text(json.dumps({"format": 2, "models": [{"arm": "mine"}]}))
+    assert "No verdict" in page(read_results([tmp_path / "r.json"]))
 
 
 def test_sample_of_many_documents_is_said_and_small(tmp_path):
