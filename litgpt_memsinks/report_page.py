@@ -345,12 +345,17 @@ def missing(results: Results) -> Iterator[Missing]:
             of = "any model" if len(lacking) == len(results.models) else ", ".join(map(spoken, arms))
             first = next((model for model in lacking if model["arm"] == results.subject), lacking[0])
             why = (first.get("skipped") or {}).get(part) or ""
-            yield Missing(what, of, "" if why else _command(results, first, part), why)
+            yield Missing(what, of, "" if why else _command(results, first, lacking, part), why)
 
 
-def _command(results: Results, model: Mapping, part: str) -> str:
+def _command(results: Results, model: Mapping, lacking: list[Mapping], part: str) -> str:
+    """What measures the part of a model, and of the references that lack it as well."""
     data = next((top["data"].get("path") for _, top in results.files if isinstance(top.get("data"), dict)), None)
     directory = model.get("checkpoint_dir") or "CHECKPOINT_DIR"
     where = ["--curve", str(Path(directory).parent)] if part == "curve" else ["--parts", part]
-    arguments = ["--checkpoint_dir", directory, "--data_path", data or "DATA_DIR", *where, "--out_file", f"{part}.json"]
+    arguments = ["--checkpoint_dir", directory, "--data_path", data or "DATA_DIR", *where]
+    for role in REFERENCES:
+        found = [other.get("checkpoint_dir") or "DIR" for other in lacking if other.get("role") == role]
+        arguments += [f"--{role}", found[0]] if found and model.get("role") is None else []
+    arguments += ["--out_file", f"{part}.json"]
     return f"litgpt-memsinks evaluate {shlex.join(map(str, arguments))}"

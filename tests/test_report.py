@@ -155,6 +155,7 @@ def test_what_was_not_measured_is_not_drawn_but_named_with_its_command(part, mad
     (entry,) = [element for element in Page(page(results)).all("dd") if "--out_file" in element["text"]]
     assert "--checkpoint_dir runs/demo/memsinks_repeated-seed1/final --data_path runs/demo/data/stream" in entry["text"]
     assert ("--curve runs/demo/memsinks_repeated-seed1" if part == "curve" else f"--parts {part}") in entry["text"]
+    assert "--standard runs/demo/standard-seed1/final --left_out runs/demo/left_out-seed1/final" in entry["text"]
     assert ">Not measured<" not in page(whole)
 
 
