@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
+import docstring_parser
 from jsonargparse import ArgumentParser
 
 from litgpt_memsinks.errors import MemSinksError
@@ -31,6 +32,8 @@ class Command(NamedTuple):
     """Of the function"""
     positional: bool = False
     """Whether arguments without a default are given by position"""
+    several: str | None = None
+    """An argument that is given by position, once or more"""
     settings_of: tuple[str, str] | None = None
     """Module and name of a command of LitGPT whose settings are taken too, parsed as it does"""
 
@@ -62,7 +65,7 @@ COMMANDS = {
     "plan": Command("plan", "plan", settings_of=("litgpt.pretrain", "setup")),
     "drop_sinks": Command("drop_sinks", "drop_sinks", positional=True),
     "evaluate": Command("evaluate", "evaluate"),
-    "report": Command("report", "report"),
+    "report": Command("report", "report", several="results"),
     "bench": Command("bench", "bench"),
     "bench_data": Command("bench_data", "bench_data"),
     "full_size": Command("full_size", "full_size"),
@@ -95,11 +98,21 @@ def build_parser(*names: str) -> ArgumentParser:
 def add_arguments(parser: ArgumentParser, command: Command) -> None:
     """What a command takes."""
     parser.add_argument("--config", action="config", help="YAML file with any of the settings below.")
-    parser.add_function_arguments(command.function, as_group=False, as_positional=command.positional)
+    skip: set[str | int] = set()
+    if command.several is not None:
+        skip.add(command.several)
+        parser.add_argument(command.several, nargs="+", type=Path, help=_meaning(command))
+    parser.add_function_arguments(command.function, as_group=False, as_positional=command.positional, skip=skip)
     if command.settings_of is not None:
         module, name = command.settings_of
         setup = getattr(import_module(module), name)
         parser.add_function_arguments(setup, as_group=False, as_positional=True, sub_configs=True)
+
+
+def _meaning(command: Command) -> str:
+    """What the docstring says of the argument that is given once or more."""
+    entries = docstring_parser.parse(command.function.__doc__ or "").params
+    return next(entry.description or "" for entry in entries if entry.arg_name == command.several)
 
 
 def main(arguments: list[str] | None = None) -> None:

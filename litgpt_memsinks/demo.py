@@ -83,7 +83,7 @@ def demo(
     Args:
         corpus: JSON lines with a text each, to use instead of the embedded stories. At least 600 documents.
         seeds: Number of training seeds.
-        out_dir: Folder for data, runs, results.json and report.png.
+        out_dir: Folder for data, runs, results.json, report.html and report.png.
         recipes: Folder of the arms' recipes.
         jobs: Training runs at the same time; one per core by default.
 
@@ -108,10 +108,13 @@ def demo(
     write_results(results_file, results, streams["stream"])
     picture = out_dir / "report.png"
     picture.unlink(missing_ok=True)
+    page = picture.with_suffix(".html")
+    page.unlink(missing_ok=True)
+    report(results_file, page)
     report(results_file, picture)
     print_results(results)
     print(
-        f"Numbers: {results_file}   Picture: {picture}   Time: {(time.monotonic() - started) / 60:.1f} min\n"
+        f"Numbers: {results_file}   Report: {page}   Time: {(time.monotonic() - started) / 60:.1f} min\n"
         f"Try the released model: litgpt generate {run_dir(out_dir, 'memsinks', 1) / 'dropped'} --prompt 'One day'"
     )
 

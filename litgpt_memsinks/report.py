@@ -1,130 +1,58 @@
-"""The comparison as a picture: training curves, what is left of the repeated documents, and at what cost."""
+"""The result files as a page to read, pictures for a paper, and tables. It needs the files only, and no PyTorch."""
 
-import csv
-import json
-import math
 from pathlib import Path
-from typing import Any
-
-import matplotlib
-
-matplotlib.use("Agg")  # no display needed
-import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
 
 from litgpt_memsinks.errors import MemSinksError
-from litgpt_memsinks.files import incomplete_path, refuse_to_overwrite
+from litgpt_memsinks.files import atomic_directory, refuse_to_overwrite, write_text
+from litgpt_memsinks.report_charts import Chart, sections
+from litgpt_memsinks.report_figures import overview, write_figure
+from litgpt_memsinks.report_page import page
+from litgpt_memsinks.report_results import Results, read_results, validation_curve
+from litgpt_memsinks.report_table import as_csv, as_markdown
 
-DROPPED, OWN = "#0072b2", "#d55e00"  # distinguishable for colour-blind readers
+__all__ = ["read_results", "report", "validation_curve"]
+
+PICTURES = (".png", ".svg", ".pdf")
+OVERVIEW = ("curve_validation", "losses_repeated", "frontier")
 
 
-def report(results: Path, out_file: Path = Path("report.png")) -> None:
-    """Draw the curves and the comparison of a result file as a PNG.
+def report(results: Path | list[Path], out: Path = Path("report.html")) -> None:
+    """Show result files as a page that opens in any browser, as pictures for a paper, and as tables.
 
     Args:
-        results: JSON file written by `litgpt-memsinks evaluate --out_file` or by the demo.
-        out_file: Picture to write. Must not exist.
+        results: Files that `litgpt-memsinks evaluate` or the demo wrote. Several are set side by side.
+        out: What to make. A name in .html is a page without other files; in .png, .svg or .pdf an overview picture; any
+            other name is a folder with the page, figures/ for papers, table.csv and table.md. Must not exist.
 
     Raises:
-        MemSinksError: If the result file is missing or is not one, or `out_file` exists.
+        MemSinksError: If a result file is missing or is not one, or `out` exists or has another ending.
     """
-    refuse_to_overwrite(out_file)
-    content = read_results(results)
-    figure, (curves, bars, frontier) = plt.subplots(1, 3, figsize=(16, 5), layout="constrained")
-    draw_curves(curves, content["seeds"][0])
-    draw_losses(bars, content["comparison"])
-    draw_frontier(frontier, content["comparison"])
-    figure.suptitle(f"Memorization sinks, {len(content['seeds'])} seed(s), sinks dropped unless said")
-    out_file.parent.mkdir(parents=True, exist_ok=True)
-    scratch = incomplete_path(out_file)
-    figure.savefig(scratch, dpi=110, format="png")
-    plt.close(figure)
-    scratch.replace(out_file)
-    print(f"Picture: {out_file}")
-
-
-def read_results(path: Path) -> dict[str, Any]:
-    """Read a result file.
-
-    Raises:
-        MemSinksError: If it is missing or not a result file.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content["seeds"] and content["comparison"]:
-            return content
-    except FileNotFoundError as error:
-        raise MemSinksError(
-            f"There is no {str(path)!r}. Make it: litgpt-memsinks evaluate --out_file {path}"
-        ) from error
-    except (ValueError, KeyError, TypeError, IsADirectoryError):
-        pass
-    raise MemSinksError(f"{str(path)!r} is not a result file of `litgpt-memsinks evaluate`. Name its --out_file.")
-
-
-def validation_curve(checkpoint_dir: Path) -> tuple[list[int], list[float]]:
-    """Iterations and validation losses (nats per token) from LitGPT's CSV log of a run; empty if it has none."""
-    logs = list(checkpoint_dir.parent.glob("logs/csv/version_*/metrics.csv"))
-    if not logs:
-        return [], []
-    newest = max(logs, key=lambda path: int(path.parent.name.removeprefix("version_")))
-    with open(newest, encoding="utf-8", newline="") as file:
-        rows = [(int(row["step"]) + 1, row.get("val_loss") or "") for row in csv.DictReader(file)]
-    points = [(step, float(value)) for step, value in rows if value]
-    return [step for step, _ in points], [value for _, value in points]
-
-
-def draw_curves(axes: Axes, results: dict[str, Any]) -> None:
-    """Validation loss over training, one line per arm, of the first seed."""
-    for arm, result in results.items():
-        steps, losses = validation_curve(Path(result["checkpoint_dir"]))
-        if steps:
-            axes.plot(steps, losses, marker=".", label=arm)
-    axes.set(title="Validation loss while training (first seed)", xlabel="iteration", ylabel="nats per token")
-    if axes.lines:
-        axes.legend()
+    if out.suffix.lower() not in ("", ".html", *PICTURES):
+        raise MemSinksError(f"out is {str(out)!r}, but it must end in .html, {', '.join(PICTURES)}, or name a folder.")
+    refuse_to_overwrite(out)
+    found = read_results([results] if isinstance(results, Path) else results)
+    if out.suffix.lower() in PICTURES:
+        overview(found, overview_charts(found), out)
+        print(f"Picture: {out}")
+    elif out.suffix.lower() == ".html":
+        write_text(out, page(found))
+        print(f"Page: {out}")
     else:
-        axes.text(0.5, 0.5, "no CSV log beside the checkpoints\n(logger_name: csv)", ha="center", va="center")
+        _write_folder(found, out)
+        print(f"Page: {out / 'report.html'}   Figures: {out / 'figures'}   Tables: {out / 'table.csv'}, table.md")
 
 
-def draw_losses(axes: Axes, comparison: list[dict[str, Any]]) -> None:
-    """Loss on the repeated documents with sinks dropped, and with each document's own sinks on."""
-    places = range(len(comparison))
-    for offset, name, label, colour in (
-        (0.2, "repeated", "sinks dropped", DROPPED),
-        (-0.2, "own", "own sinks on", OWN),
-    ):
-        values = [_mean(row[name]) for row in comparison]
-        axes.barh([place + offset for place in places], values, 0.38, label=label, color=colour)
-        for place, value in zip(places, values, strict=True):
-            if not math.isnan(value):
-                axes.text(value, place + offset, f" {value:.2f}", va="center")
-    axes.set_yticks(list(places), [row["arm"] for row in comparison])
-    axes.invert_yaxis()
-    axes.margins(x=0.12)
-    axes.set(title="Loss on the repeated documents (higher: forgotten)", xlabel="nats per token")
-    axes.legend()
+def overview_charts(results: Results) -> list[Chart]:
+    """The three pictures that say most, as far as there are any."""
+    known = {chart.name: chart for section in sections(results) for chart in section.charts}
+    return [known[name] for name in OVERVIEW if name in known]
 
 
-def draw_frontier(axes: Axes, comparison: list[dict[str, Any]]) -> None:
-    """Gap closed against the cost in validation loss: up and to the left is better."""
-    for row in comparison:
-        for change, gap in zip(row["validation_change"], row["gap_closed"], strict=True):
-            if change is not None and gap is not None:
-                axes.plot(100 * change, 100 * gap, "o", color=DROPPED, alpha=0.6)
-        x, y = 100 * _mean(row["validation_change"]), 100 * _mean(row["gap_closed"])
-        if not (math.isnan(x) or math.isnan(y)):
-            axes.annotate(row["arm"], (x, y), xytext=(6, 6), textcoords="offset points")
-    axes.axvline(0, color="grey", linewidth=0.8)
-    axes.margins(0.2)
-    axes.set(
-        title="What is removed, at what cost",
-        xlabel="validation loss against standard training, %",
-        ylabel="gap closed, %",
-    )
-
-
-def _mean(values: list[float | None]) -> float:
-    """Mean over seeds; NaN if the figure does not apply to the arm."""
-    given = [value for value in values if value is not None]
-    return sum(given) / len(given) if given else math.nan
+def _write_folder(results: Results, out: Path) -> None:
+    with atomic_directory(out) as scratch:
+        write_text(scratch / "report.html", page(results))
+        write_text(scratch / "table.csv", as_csv(results))
+        write_text(scratch / "table.md", as_markdown(results) + "\n")
+        for chart in (chart for section in sections(results) for chart in section.charts):
+            for ending in ("svg", "png"):
+                write_figure(chart, scratch / "figures" / f"{chart.name}.{ending}")

@@ -30,6 +30,12 @@ STAGES = [
     "pretrain",
     "drop_sinks",
     "evaluate",
+    "report_results",
+    "report_table",
+    "report_charts",
+    "report_svg",
+    "report_figures",
+    "report_page",
     "report",
 ]
 SHARED = {

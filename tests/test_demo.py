@@ -49,6 +49,7 @@ def test_demo_prints_the_table_and_continues_where_it_was(tiny, tmp_path, capsys
     assert results["comparison"][0]["gap_closed"] == [0.0]
     assert results["comparison"][1]["gap_closed"] == [1.0]
     assert (tmp_path / "demo/report.png").stat().st_size > 10_000
+    assert "<!doctype html>" in (tmp_path / "demo/report.html").read_text()
     assert (tmp_path / "demo/memsinks-seed1/dropped/lit_model.pth").is_file()
     log = (tmp_path / "demo/memsinks-seed1/train.log").read_text()
     assert log.split()[:2] == [demo.pretrain_command(*[tmp_path] * 3, 1, 1, 1)[0], "pretrain"]
