@@ -12,6 +12,7 @@ from litgpt.pretrain import setup
 from litgpt_memsinks import __version__
 from litgpt_memsinks.bench import bench
 from litgpt_memsinks.bench_data import bench_data
+from litgpt_memsinks.certificate import certify
 from litgpt_memsinks.corpus import train_tokenizer_on, write_corpus
 from litgpt_memsinks.demo import demo
 from litgpt_memsinks.drop_sinks import drop_sinks
@@ -24,6 +25,7 @@ from litgpt_memsinks.plan import plan
 from litgpt_memsinks.prepare import merge, prepare
 from litgpt_memsinks.report import report
 from litgpt_memsinks.verify import verify
+from litgpt_memsinks.verify_removal import verify_removal
 
 USER_FIXABLE = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE),
@@ -53,6 +55,8 @@ COMMANDS = {
     "lookup": Command(lookup, positional=True),
     "plan": Command(plan, settings_of=setup),
     "drop_sinks": Command(drop_sinks, positional=True),
+    "certify": Command(certify, positional=True),
+    "verify_removal": Command(verify_removal, positional=True),
     "evaluate": Command(evaluate),
     "report": Command(report),
     "bench": Command(bench),

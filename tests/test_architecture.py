@@ -31,8 +31,15 @@ STAGES = [
     "resuming",
     "preemption",
     "pretrain",
-    "drop_sinks",
     "evaluate",
+    "difference",
+    "affected",
+    "before_after",
+    "certificate_page",
+    "certificate",
+    "drop_sinks",
+    "certificate_file",
+    "verify_removal",
     "report",
 ]
 SHARED = {
@@ -51,6 +58,7 @@ SHARED = {
     "plain_http",
     "resumable_loader",
     "chunks",
+    "digests",
 }
 """Modules that stages meet through. ``config`` names ``sinks``' version and ``model``'s classes, as LitGPT's does."""
 TOOLS = {"document_table", "document_walk", "inspect_data", "lookup", "verify"}
