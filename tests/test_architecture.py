@@ -64,7 +64,8 @@ SHARED = {
 TOOLS = {"document_table", "document_walk", "inspect_data", "lookup", "verify"}
 """Modules that look at a prepared folder: what `prepare` wrote, before any model."""
 WHOLE = {
-    *("__init__", "__main__", "plugin", "demo", "bench", "bench_loader", "bench_data", "near_duplicate_table"),
+    *("__init__", "__main__", "plugin", "demo", "bench", "bench_loader", "bench_data"),
+    *("near_duplicate_table", "id_changes"),
     *("plan", "schedule", "sizing", "expectations", "full_size"),
 }
 """Modules that see all stages."""
