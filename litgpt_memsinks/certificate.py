@@ -83,7 +83,7 @@ def write_certificate(
     content = {
         "format": FORMAT,
         "kind": difference.kind,
-        "rule": rule,
+        "rule": _text(rule),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": {name: version(name) for name in PACKAGES},
         "before": digests(before, before),
@@ -172,7 +172,12 @@ def _check_claim(facts: dict[str, Any], kind: Kind) -> None:
 
 def label(folder: Path) -> str:
     """A folder's name with its parent's: enough to recognise it, and nothing else of the machine."""
-    return "/".join(folder.absolute().parts[-2:])
+    return _text("/".join(folder.absolute().parts[-2:]))
+
+
+def _text(value: str) -> str:
+    """Text that JSON and UTF-8 can hold: names of files may be any bytes."""
+    return value.encode("utf-8", "replace").decode()
 
 
 def digests(folder: Path, name: Path) -> dict[str, Any]:

@@ -153,4 +153,4 @@ def _plain(text: str) -> str:
 
 
 def _code(value: Any) -> str:
-    return f"`{value}`"
+    return f"`{str(value).replace('`', ' ').replace('|', ' ')}`"

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -24,6 +25,7 @@ from litgpt_memsinks.drop_sinks import drop_sinks
 from litgpt_memsinks.errors import MemSinksError
 from litgpt_memsinks.evaluate import evaluate_checkpoint
 from litgpt_memsinks.model import GPT
+from litgpt_memsinks.verify_removal import verify_removal
 from tests.console import TINY_MODEL
 from tests.removals import (
     INVERSE,
@@ -422,6 +424,15 @@ def test_bad_settings_are_refused(settings, message, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(MemSinksError, match=message):
         Settings(**settings).check()
+
+
+def test_names_that_are_no_utf_8_or_are_markdown_do_no_harm(before, tmp_path):
+    after = removed(before, tmp_path / "a|`b", mask_of([5]))
+    write_certificate(before, after, after, f"Remove {os.fsdecode(b'a%sb' % bytes([255]))}.")
+    assert read(after)["rule"] == "Remove a?b."
+    assert read(after)["after"]["folder"].endswith("/a|`b")
+    assert "/a  b` |" in (after / "certificate.md").read_text(encoding="utf-8")
+    verify_removal(after, before)
 
 
 def test_settings_bound_what_is_scored(before, prepared, tmp_path):
