@@ -14,6 +14,7 @@ import torch
 from litgpt.config import Config
 from litgpt.utils import save_config
 
+from litgpt_memsinks import affected
 from litgpt_memsinks.__main__ import main
 from litgpt_memsinks.affected import ranges, share_gone
 from litgpt_memsinks.before_after import Settings
@@ -461,6 +462,12 @@ def test_damaged_document_table_is_one_line(before, prepared, tmp_path):
 def test_ranges():
     assert ranges(torch.tensor([True, True, False, True, False, True, True])) == "0-1,3,5-6"
     assert ranges(torch.zeros(3, dtype=torch.bool)) == ""
+
+
+def test_sinks_of_documents_are_collected_over_batches(monkeypatch):
+    monkeypatch.setattr(affected, "_BATCH", 2)
+    config = MemSinksConfig.from_base(Config(**TINY_MODEL), SinkArgs(SHARED / 64, 0.3))
+    assert torch.equal(affected.sinks_of([5, 6, 7], config), mask_of([5, 6, 7]))
 
 
 def test_share_gone_of_many_documents_is_that_of_each():
