@@ -17,7 +17,7 @@ from litgpt.utils import save_config
 from litgpt_memsinks import affected
 from litgpt_memsinks.__main__ import main
 from litgpt_memsinks.affected import ranges, share_gone
-from litgpt_memsinks.before_after import Settings
+from litgpt_memsinks.before_after import Settings, grouped
 from litgpt_memsinks.certificate import certify, write_certificate
 from litgpt_memsinks.config import MemSinksConfig, SinkArgs
 from litgpt_memsinks.difference import compare
@@ -26,6 +26,7 @@ from litgpt_memsinks.drop_sinks import drop_sinks
 from litgpt_memsinks.errors import MemSinksError
 from litgpt_memsinks.evaluate import evaluate_checkpoint
 from litgpt_memsinks.model import GPT
+from litgpt_memsinks.scored import read_scored
 from litgpt_memsinks.verify_removal import verify_removal
 from tests.console import TINY_MODEL
 from tests.removals import (
@@ -344,6 +345,20 @@ def test_removed_documents_lose_their_sinks_and_others_some(before, prepared, tm
     losses = content["losses"]["after"]["removed"]
     assert losses["own"] == losses["dropped"]  # nothing is left to switch on
     assert "Rule: Remove \\| &lt;one> file." in (after / "certificate.md").read_text()
+
+
+def test_documents_are_grouped_each_with_the_sinks_of_the_one_before(prepared):
+    ids = read_scored(prepared, "repeated").sequence_ids
+    groups = grouped(prepared, "remove", [int(ids[3]) % 2**31, int(ids[5]) % 2**31], None)
+    assert list(groups) == ["removed", "other", "validation"]
+    (removed_ones, removed_placebo), (others, other_placebo) = groups["removed"], groups["other"]
+    assert torch.equal(removed_ones.sequence_ids, ids[[3, 5]])
+    assert torch.equal(removed_placebo, ids[[2, 4]])
+    assert torch.equal(others.sequence_ids, ids[[0, 1, 2, 4, 6, 7]])
+    assert torch.equal(other_placebo, ids[[7, 0, 1, 3, 5, 6]])
+    tokens = read_scored(prepared, "repeated").tokens
+    assert torch.equal(removed_ones.tokens[1], tokens[5])
+    assert list(grouped(prepared, "drop", None, None)) == ["removed", "validation"]
 
 
 def test_less_than_all_sinks_of_a_document_is_stated(before, prepared, tmp_path):

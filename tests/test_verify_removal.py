@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import litgpt_memsinks.verify_removal as module
+from litgpt_memsinks import before_after
 from litgpt_memsinks.__main__ import main
 from litgpt_memsinks.certificate import certify, write_certificate
 from litgpt_memsinks.digests import content_sha256, folder_sha256, tree_sha256
@@ -16,7 +17,7 @@ from litgpt_memsinks.drop_sinks import drop_sinks
 from litgpt_memsinks.errors import MemSinksError
 from litgpt_memsinks.verify_removal import verify_removal
 from tests.console import memsinks
-from tests.removals import copied, kept, mask_of, numbers_of, removed, trained
+from tests.removals import copied, kept, mask_of, numbers_of, removed, state_of, trained
 
 
 @pytest.fixture(scope="module")
@@ -320,6 +321,47 @@ class Malicious:
         return os.system, (f"touch {self.path}",)
 
 
+def vouch(folder, content, side="after"):
+    """Put the digests of what is now in a folder into a certificate."""
+    files = folder_sha256(folder)
+    content[side] |= {
+        "weights_sha256": files["lit_model.pth"],
+        "weights_bytes": (folder / "lit_model.pth").stat().st_size,
+        "config_sha256": files["model_config.yaml"],
+        "tree_sha256": tree_sha256(files),
+    }
+
+
+def test_weights_of_another_training_that_a_forged_certificate_vouches_for_are_found(before, after, prepared, tmp_path):
+    folder = copied(after, tmp_path / "after")
+    state = state_of(folder)
+    state["transformer.h.0.attn.qkv.weight"].view(torch.int32)[0, 0] ^= 1  # moves no loss
+    torch.save({"model": state}, folder / "lit_model.pth")
+    content = read(folder)
+    vouch(folder, content)
+    forge(folder, content)
+    error = refused(folder, "--before", before, "--data_path", prepared)
+    assert "does not hold (which sinks are gone: " in error
+    assert "attn.qkv.weight differs" in error
+    verify_removal(folder, data_path=prepared)  # without the checkpoint before it, nobody can tell
+
+
+def test_a_forged_certificate_does_not_pass_the_wrong_map_gate(before, prepared, tmp_path, monkeypatch):
+    folders = [copied(before, tmp_path / "before"), removed(before, tmp_path / "after", mask_of([5]))]
+    for folder in folders:  # other masks than those of the training
+        path = folder / "model_config.yaml"
+        path.write_text(path.read_text().replace("sink_seed: 0", "sink_seed: 7"))
+    monkeypatch.setattr(before_after, "gate_of", lambda losses: {"own": 0.0, "placebo": 1.0, "documents": 8})
+    write_certificate(*folders, tmp_path, "Remove.", data_path=prepared)
+    monkeypatch.undo()
+    content = read(tmp_path)
+    content["gate"] = before_after.gate_of(content["losses"]["before"])
+    assert content["gate"]["own"] > content["gate"]["placebo"]
+    forge(tmp_path, content)
+    error = refused(tmp_path, "--before", folders[0], "--after", folders[1], "--data_path", prepared)
+    assert "does not hold (wrong-map gate, own < placebo: " in error
+
+
 @pytest.mark.parametrize("case", ["pickle", "truncated"])
 def test_weights_that_a_forged_certificate_vouches_for_are_still_read_safely(case, before, after, prepared, tmp_path):
     folder = copied(after, tmp_path / "after")
@@ -327,12 +369,8 @@ def test_weights_that_a_forged_certificate_vouches_for_are_still_read_safely(cas
         torch.save({"model": Malicious(tmp_path / "pwned")}, folder / "lit_model.pth")
     else:
         truncate(folder)
-    content, files = read(folder), folder_sha256(folder)
-    content["after"] |= {
-        "weights_sha256": files["lit_model.pth"],
-        "weights_bytes": (folder / "lit_model.pth").stat().st_size,
-        "tree_sha256": tree_sha256(files),
-    }
+    content = read(folder)
+    vouch(folder, content)
     forge(folder, content)
     assert "cannot be read as model weights" in refused(folder, "--before", before, "--data_path", prepared)
     assert "cannot be read as model weights" in refused(folder, "--data_path", prepared)
