@@ -64,6 +64,8 @@ COMMANDS = {
     "lookup": Command("lookup", "lookup", positional=True),
     "plan": Command("plan", "plan", settings_of=("litgpt.pretrain", "setup")),
     "drop_sinks": Command("drop_sinks", "drop_sinks", positional=True),
+    "certify": Command("certificate", "certify", positional=True),
+    "verify_removal": Command("verify_removal", "verify_removal", positional=True),
     "evaluate": Command("evaluate", "evaluate"),
     "report": Command("report", "report", several="results"),
     "bench": Command("bench", "bench"),

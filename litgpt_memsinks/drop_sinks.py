@@ -12,6 +12,7 @@ import torch
 from litgpt.utils import copy_config_files, save_config
 from rich.console import Console
 
+from litgpt_memsinks.certificate import write_certificate
 from litgpt_memsinks.checkpoint import WEIGHTS, read_config, read_weights
 from litgpt_memsinks.config import MemSinksConfig
 from litgpt_memsinks.errors import MemSinksError
@@ -24,15 +25,20 @@ COLUMNS = "mlp.proj.weight"
 """Weights whose inputs are hidden neurons: ``(n_embd, intermediate_size)``. Its bias belongs to the residual stream."""
 
 
-def drop_sinks(checkpoint_dir: Path, out_dir: Path) -> None:
+def drop_sinks(checkpoint_dir: Path, out_dir: Path, data_path: Path | None = None) -> None:
     """Write the plain, smaller LitGPT checkpoint that is left when the memorization sinks are dropped.
+
+    A certificate of removal is written into it, see `verify_removal`.
 
     Args:
         checkpoint_dir: Checkpoint of a model trained with sinks, such as OUT_DIR/final or OUT_DIR/step-00001000.
         out_dir: Folder to write. Must not exist; appears only when it is complete.
+        data_path: Folder of `litgpt-memsinks prepare` that the model was trained on. With it, the certificate says what
+            the losses were before and after.
 
     Raises:
-        MemSinksError: If there is no checkpoint with sinks, it is damaged, or `out_dir` exists.
+        MemSinksError: If there is no checkpoint with sinks, it is damaged, or `out_dir` exists; or if with
+            `data_path` the documents' own sinks do not help, so that it is of another model.
     """
     config = read_config(checkpoint_dir)
     if not isinstance(config, MemSinksConfig):
@@ -46,6 +52,8 @@ def drop_sinks(checkpoint_dir: Path, out_dir: Path) -> None:
         copy_config_files(checkpoint_dir, scratch)  # tokenizer, and Hugging Face's files if there are any
         save_config(config.to_base(), scratch)
         _correct_hf_config(scratch / "config.json", config.n_shared)
+        rule = "Drop the sinks of all documents."
+        write_certificate(checkpoint_dir, scratch, scratch, rule, "drop", data_path=data_path, after_name=out_dir)
     size = (out_dir / WEIGHTS).stat().st_size
     print(
         f"Dropped {config.n_sink:,} of {config.intermediate_size:,} neurons of each MLP: {str(out_dir)!r} is a plain "

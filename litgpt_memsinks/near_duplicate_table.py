@@ -87,8 +87,8 @@ def recall_table(
     for share in shares:
         rng = Random(f"{seed} {share}")
         copies = [edited(text, share, rng) for text in texts]
-        clusters = _clusters(np.concatenate([original, signatures(copies, settings)]), settings)
-        found = clusters[: len(texts)] == clusters[len(texts) :]
+        together = clusters(np.concatenate([original, signatures(copies, settings)]), settings)
+        found = together[: len(texts)] == together[len(texts) :]
         similarities = [jaccard(*pair, settings.shingle_size) for pair in zip(texts, copies, strict=True)]
         rows.append(Row(share, float(np.mean(similarities)), float(found.mean())))
     return rows
@@ -101,11 +101,12 @@ def merges(texts: list[str], settings: NearDuplicates) -> Merges:
         texts: Different documents.
         settings: What counts as a near-duplicate.
     """
-    _, sizes = np.unique(_clusters(signatures(texts, settings), settings), return_counts=True)
+    _, sizes = np.unique(clusters(signatures(texts, settings), settings), return_counts=True)
     return Merges(int(sizes[sizes > 1].sum()), int(sizes.max(initial=0)))
 
 
-def _clusters(rows: npt.NDArray[np.uint32], settings: NearDuplicates) -> npt.NDArray[np.int64]:
+def clusters(rows: npt.NDArray[np.uint32], settings: NearDuplicates) -> npt.NDArray[np.int64]:
+    """The cluster of each document, int64 ``(n,)``, from their signatures, uint32 ``(n, permutations)``."""
     with TemporaryDirectory() as folder:
         path = Path(folder) / "signatures.bin"
         rows.tofile(path)

@@ -28,7 +28,6 @@ STAGES = [
     "resuming",
     "preemption",
     "pretrain",
-    "drop_sinks",
     "evaluate",
     "report_results",
     "report_table",
@@ -36,6 +35,14 @@ STAGES = [
     "report_svg",
     "report_figures",
     "report_page",
+    "difference",
+    "affected",
+    "before_after",
+    "certificate_page",
+    "certificate",
+    "drop_sinks",
+    "certificate_file",
+    "verify_removal",
     "report",
 ]
 SHARED = {
@@ -54,12 +61,14 @@ SHARED = {
     "plain_http",
     "resumable_loader",
     "chunks",
+    "digests",
 }
 """Modules that stages meet through. ``config`` names ``sinks``' version and ``model``'s classes, as LitGPT's does."""
 TOOLS = {"document_table", "document_walk", "inspect_data", "lookup", "verify"}
 """Modules that look at a prepared folder: what `prepare` wrote, before any model."""
 WHOLE = {
-    *("__init__", "__main__", "plugin", "demo", "bench", "bench_loader", "bench_data", "near_duplicate_table"),
+    *("__init__", "__main__", "plugin", "demo", "bench", "bench_loader", "bench_data"),
+    *("near_duplicate_table", "id_changes"),
     *("plan", "schedule", "sizing", "expectations", "full_size"),
     *("theory", "theory_entanglement", "theory_coadaptation", "theory_forgetting", "theory_accumulation"),
     *("theory_verdict", "theory_figures"),
