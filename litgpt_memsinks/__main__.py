@@ -17,6 +17,7 @@ from litgpt_memsinks.demo import demo
 from litgpt_memsinks.drop_sinks import drop_sinks
 from litgpt_memsinks.errors import MemSinksError
 from litgpt_memsinks.evaluate import evaluate
+from litgpt_memsinks.export_hf import export_hf
 from litgpt_memsinks.full_size import full_size
 from litgpt_memsinks.inspect_data import inspect
 from litgpt_memsinks.lookup import lookup
@@ -53,6 +54,7 @@ COMMANDS = {
     "lookup": Command(lookup, positional=True),
     "plan": Command(plan, settings_of=setup),
     "drop_sinks": Command(drop_sinks, positional=True),
+    "export_hf": Command(export_hf, positional=True),
     "evaluate": Command(evaluate),
     "report": Command(report),
     "bench": Command(bench),

@@ -31,7 +31,11 @@ STAGES = [
     "resuming",
     "preemption",
     "pretrain",
+    "plain_weights",
+    "kept",
     "drop_sinks",
+    "hf_config",
+    "export_hf",
     "evaluate",
     "report",
 ]
