@@ -1,5 +1,6 @@
 """The folder for transformers: loaded by transformers in a process that can import neither us nor LitGPT."""
 
+import contextlib
 import json
 import shutil
 import sys
@@ -39,7 +40,7 @@ CASES = {
     "gpt2": {**GPT2, "keep": "5"},
     "shards": {},
 }
-TEXTS = ["Once upon a time", " Two  spaces, a line\nend, ünïcode.", "<|endoftext|>The end."]
+TEXTS = ["Once upon a time", " Two  spaces, a line\nend, ünïcode.", "The end.<|endoftext|>Another"]
 
 IN_TRANSFORMERS = """
 import sys, torch
@@ -190,8 +191,10 @@ def test_what_transformers_does_not_have_is_refused_in_one_line(case, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "model_type"),
-    [("SmolLM-360M-MemSinks", "llama"), ("SmolLM2-1.7B-MemSinks", "llama"), ("Tiny-MemSinks", "llama")]
-    + [("GPT2-Medium-MemSinks", "gpt_neox"), ("pythia-160m", "gpt_neox"), ("Gemma-2b", "gemma")],
+    [
+        *(("SmolLM-360M-MemSinks", "llama"), ("SmolLM2-1.7B-MemSinks", "llama"), ("Tiny-MemSinks", "llama")),
+        *(("GPT2-Medium-MemSinks", "gpt_neox"), ("pythia-160m", "gpt_neox"), ("Gemma-2b", "gemma")),
+    ],
 )
 def test_registered_models_have_an_architecture(name, model_type):
     config = MemSinksConfig.from_name(name).to_base()
@@ -199,19 +202,17 @@ def test_registered_models_have_an_architecture(name, model_type):
 
 
 def test_every_model_of_litgpt_is_written_or_refused():
-    """None is let through by an accident of its name, and none ends in a traceback."""
+    """By what it computes, and not by its name; none ends in a traceback."""
     written = set()
     for values in litgpt_configs:
         config = Config(**values)
         if config.mlp_class_name in SUPPORTED_MLPS and not config.n_expert:
-            try:
-                written.add(hf_config(config, False, torch.float32)["model_type"] + " " + config.name)
-            except MemSinksError as error:
-                assert repr(config.name) in str(error)
-    names = {name.split(" ")[1] for name in written}
-    assert {"pythia-14m", "Llama-2-7b-hf", "Llama-3.2-1B", "SmolLM2-135M", "Gemma-7b", "tiny-llama-1.1b"} <= names
-    other = ("Gemma-2-", "Gemma-3", "Qwen", "phi", "Phi", "falcon", "OLMo", "stablelm", "Falcon")
-    assert not [name for name in names if name.startswith(other)]
+            with contextlib.suppress(MemSinksError):
+                hf_config(config, False, torch.float32)
+                written.add(config.name)
+    assert {"pythia-14m", "Llama-2-7b-hf", "Llama-3.2-1B", "SmolLM2-135M", "Gemma-7b", "tiny-llama-1.1b"} <= written
+    others = ("Gemma-2-", "Gemma-3", "Qwen", "phi-1", "phi-2", "falcon", "OLMo", "stablelm-3b", "stablelm-zephyr")
+    assert not [name for name in written if name.startswith(others)]
 
 
 def junk_tokenizer(folder):
