@@ -23,6 +23,7 @@ from litgpt_memsinks.inspect_data import inspect
 from litgpt_memsinks.lookup import lookup
 from litgpt_memsinks.plan import plan
 from litgpt_memsinks.prepare import merge, prepare
+from litgpt_memsinks.release_size import release_size
 from litgpt_memsinks.report import report
 from litgpt_memsinks.verify import verify
 
@@ -60,6 +61,7 @@ COMMANDS = {
     "bench": Command(bench),
     "bench_data": Command(bench_data),
     "full_size": Command(full_size),
+    "release_size": Command(release_size),
 }
 
 

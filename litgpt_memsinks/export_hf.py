@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from litgpt.config import Config
+from litgpt.model import GPT as BaseGPT
 from litgpt.tokenizer import Tokenizer
 from safetensors.torch import save_file
 
@@ -85,7 +86,7 @@ def export_hf(
         special = copy_tokenizer(checkpoint_dir, scratch)
         write_json(scratch / "config.json", values | special)
         _generation_config(checkpoint_dir, scratch, special)
-        size = write_shards(export.weights, renamed(export.config, export.tied), scratch)
+        size = write_shards(export.weights, export.config, renamed(export.config, export.tied), scratch)
         (scratch / "README.md").write_text(_model_card(export, values), encoding="utf-8")
     print(
         f"{export.said}: {str(out_dir)!r} is a folder for transformers ({size / 1e6:,.1f} MB, "
@@ -122,25 +123,33 @@ def file_sha256(path: Path) -> str:
 # ------------------------------------------------------------------------------------------------------------- weights
 
 
-def write_shards(weights: Mapping[str, torch.Tensor], convert: Renamed, folder: Path) -> int:
+def write_shards(weights: Mapping[str, torch.Tensor], config: Config, convert: Renamed, folder: Path) -> int:
     """Write ``model.safetensors``, or numbered shards with an index above ``SHARD_BYTES``.
 
     Slices of one shard are in memory at a time; what is not sliced stays memory-mapped.
 
+    Args:
+        weights: Of the plain model, as LitGPT names them.
+        config: Of the plain model.
+        convert: To transformers' names and shapes, whole or in parts.
+        folder: To write into.
+
     Returns:
         Bytes of all weights.
     """
-    # what becomes of each weight is found out without its numbers
-    shapes = {name: _converted(weights[name].to("meta"), name, convert) for name in weights}
-    origin = {new: name for name, found in shapes.items() for new in found}
-    parts = {new: one for found in shapes.values() for new, one in found.items()}
-    plan = split_torch_state_dict_into_shards(parts, max_shard_size=SHARD_BYTES)
+    dtype = next(iter(weights.values())).dtype
+    with torch.device("meta"):  # what becomes of each weight is found out without its numbers
+        shapes = BaseGPT(config).to(dtype).state_dict()
+    parts = {name: convert({name: weight}) for name, weight in shapes.items()}
+    origin = {new: name for name, found in parts.items() for new in found}
+    sizes = {new: one for found in parts.values() for new, one in found.items()}
+    plan = split_torch_state_dict_into_shards(sizes, max_shard_size=SHARD_BYTES)
     for file, names in plan.filename_to_tensors.items():
         wanted = set(names)
         shard = {
             new: own_storage(one)
             for name in progress(dict.fromkeys(origin[new] for new in names), f"Writing {file}")
-            for new, one in _converted(weights[name], name, convert).items()
+            for new, one in convert({name: weights[name]}).items()
             if new in wanted
         }
         save_file(shard, folder / file, metadata={"format": "pt"})
@@ -149,10 +158,6 @@ def write_shards(weights: Mapping[str, torch.Tensor], convert: Renamed, folder: 
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         write_json(folder / "model.safetensors.index.json", index)
     return int(plan.metadata["total_size"])
-
-
-def _converted(weight: torch.Tensor, name: str, convert: Renamed) -> dict[str, torch.Tensor]:
-    return convert({name: weight})
 
 
 # ----------------------------------------------------------------------------------------------- tokenizer, text files

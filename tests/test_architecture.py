@@ -61,7 +61,7 @@ TOOLS = {"chosen", "document_table", "document_walk", "inspect_data", "lookup", 
 """Modules that look at a prepared folder: what `prepare` wrote, before any model. Stages behind training use them."""
 WHOLE = {
     *("__init__", "__main__", "plugin", "demo", "bench", "bench_loader", "bench_data", "near_duplicate_table"),
-    *("plan", "schedule", "sizing", "expectations", "full_size"),
+    *("plan", "schedule", "sizing", "expectations", "full_size", "release_size"),
 }
 """Modules that see all stages."""
 
