@@ -21,7 +21,8 @@ from litgpt_memsinks.checkpoint import WEIGHTS, check_fits, read_config, read_we
 from litgpt_memsinks.chosen import Missing
 from litgpt_memsinks.config import MemSinksConfig
 from litgpt_memsinks.errors import MemSinksError
-from litgpt_memsinks.files import atomic_directory
+from litgpt_memsinks.files import atomic_directory, write_json
+from litgpt_memsinks.hf_config import hf_config
 from litgpt_memsinks.kept import KeepArgs, Kept, kept
 from litgpt_memsinks.plain_weights import plain_config, tied, without_sinks
 
@@ -84,7 +85,7 @@ def drop_sinks(
         save_weights(slices, scratch / WEIGHTS)
         copy_config_files(checkpoint_dir, scratch)  # tokenizer, and Hugging Face's files if there are any
         save_config(plain, scratch)
-        _correct_hf_config(scratch / "config.json", plain)
+        _write_hf_config(scratch, plain, slices)
     done = Dropped(stay, config.n_sink - len(stay.sinks), plain)
     size = (out_dir / WEIGHTS).stat().st_size
     print(
@@ -130,12 +131,19 @@ def progress(names: Iterable[str], doing: str) -> Iterable[str]:
     return track(list(names), doing, console=console, transient=True, disable=not console.is_terminal)
 
 
-def _correct_hf_config(path: Path, plain: Config) -> None:
-    """Put the new width into a copied Hugging Face ``config.json``."""
-    if not path.is_file():
-        return
-    content = json.loads(path.read_text(encoding="utf-8"))
-    for name in ("intermediate_size", "n_inner"):
-        if name in content:
-            content[name] = plain.intermediate_size
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+def _write_hf_config(folder: Path, plain: Config, weights: Mapping[str, torch.Tensor]) -> None:
+    """Write the model's own ``config.json``, which ``litgpt evaluate`` needs.
+
+    One that was copied came with the tokenizer and may be of another model. If transformers has no architecture for
+    this one, it gets the new width and is left otherwise.
+    """
+    path = folder / "config.json"
+    copied = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        special = {name: copied[name] for name in ("bos_token_id", "eos_token_id") if name in copied}
+        values = special | hf_config(plain, tied(weights), next(iter(weights.values())).dtype)
+    except MemSinksError:
+        widths = {name: plain.intermediate_size for name in ("intermediate_size", "n_inner") if name in copied}
+        values = copied | widths
+    if values:
+        write_json(path, values)

@@ -33,8 +33,8 @@ STAGES = [
     "pretrain",
     "plain_weights",
     "kept",
-    "drop_sinks",
     "hf_config",
+    "drop_sinks",
     "export_hf",
     "evaluate",
     "report",
@@ -60,7 +60,17 @@ SHARED = {
 TOOLS = {"chosen", "document_table", "document_walk", "inspect_data", "lookup", "similar", "verify"}
 """Modules that look at a prepared folder: what `prepare` wrote, before any model. Stages behind training use them."""
 WHOLE = {
-    *("__init__", "__main__", "plugin", "demo", "bench", "bench_loader", "bench_data", "near_duplicate_table"),
+    *(
+        "__init__",
+        "__main__",
+        "plugin",
+        "demo",
+        "bench",
+        "bench_loader",
+        "bench_generate",
+        "bench_data",
+        "near_duplicate_table",
+    ),
     *("plan", "schedule", "sizing", "expectations", "full_size", "release_size"),
 }
 """Modules that see all stages."""

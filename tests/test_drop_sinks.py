@@ -1,5 +1,6 @@
 """The dropped checkpoint: the same function, a plain model, whole or not there."""
 
+import json
 import os
 import signal
 import subprocess
@@ -111,11 +112,25 @@ def test_memory_is_less_than_the_output(tmp_path):
     assert int(output.split()[-1]) < 1.2 * (tmp_path / "out/lit_model.pth").stat().st_size
 
 
-def test_hugging_face_configuration_is_corrected(tmp_path):
+def test_hugging_face_configuration_is_the_models_own(tmp_path):
+    """A copied one is of the model that the tokenizer came with."""
     save(tmp_path / "in")
+    (tmp_path / "in/config.json").write_text('{"intermediate_size": 64, "hidden_size": 9, "eos_token_id": 3}')
+    drop_sinks(tmp_path / "in", tmp_path / "out")
+    values = json.loads((tmp_path / "out/config.json").read_text())
+    assert {values[name] for name in ("intermediate_size", "hidden_size", "eos_token_id", "model_type")} == {
+        *(16, 32, 3, "llama")
+    }
+
+
+def test_hugging_face_configuration_without_an_architecture_is_corrected(tmp_path):
+    save(tmp_path / "in", bias=True)
     (tmp_path / "in/config.json").write_text('{"intermediate_size": 64, "hidden_size": 32}')
     drop_sinks(tmp_path / "in", tmp_path / "out")
     assert (tmp_path / "out/config.json").read_text() == '{\n  "intermediate_size": 16,\n  "hidden_size": 32\n}\n'
+    (tmp_path / "in/config.json").unlink()
+    drop_sinks(tmp_path / "in", tmp_path / "another")
+    assert not (tmp_path / "another/config.json").exists()
 
 
 def test_without_sinks_slices_exactly_the_mlps():
