@@ -27,7 +27,7 @@ def read_config(checkpoint_dir: Path) -> Config:
     if (checkpoint_dir / WEIGHTS).is_dir():
         raise MemSinksError(
             f"{str(checkpoint_dir / WEIGHTS)!r} is a folder of shards. Make it one file first, by `fabric consolidate "
-            f"{checkpoint_dir / WEIGHTS}`, and put that in the folder's place."
+            f"{checkpoint_dir / WEIGHTS}`, and put {WEIGHTS}.consolidated in the folder's place."
         )
     for name in (CONFIG, WEIGHTS):
         if not (checkpoint_dir / name).is_file():

@@ -82,7 +82,7 @@ def export_hf(
     with atomic_directory(out_dir) as scratch:
         export = _export(checkpoint_dir, config, KeepArgs(keep, keep_source, keep_documents, data_path, missing))
         dtype = next(iter(export.weights.values())).dtype
-        values = hf_config(export.config, export.tied, dtype) | {"transformers_version": "4.51.3"}
+        values = hf_config(export.config, export.tied, dtype)
         special = copy_tokenizer(checkpoint_dir, scratch)
         write_json(scratch / "config.json", values | special)
         _generation_config(checkpoint_dir, scratch, special)

@@ -22,7 +22,7 @@ from litgpt.model import GPT as BaseGPT
 from litgpt.utils import incremental_save, save_config
 from rich.console import Console
 from rich.table import Table
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from litgpt_memsinks.bench import processor
 from litgpt_memsinks.checkpoint import WEIGHTS, check_fits, read_config, read_weights
@@ -197,17 +197,20 @@ def _kill(command: str, checkpoint_dir: Path, out_dir: Path, delay: float) -> st
 
 def _is_whole(command: str, target: Path, checkpoint_dir: Path) -> bool:
     """Whether all weights are there in their shapes."""
-    if command == "drop_sinks":
-        check_fits(target, read_weights(target), read_config(target))
-        return True
+    try:
+        if command == "drop_sinks":
+            check_fits(target, read_weights(target), read_config(target))
+            return True
+        found = 0
+        for path in target.glob("*.safetensors"):
+            with safe_open(path, "pt") as file:
+                found += sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118 - not a dict
+    except (MemSinksError, SafetensorError):
+        return False
     config = read_config(checkpoint_dir)
     assert isinstance(config, MemSinksConfig)  # made above
     with torch.device("meta"):
         expected = sum(one.numel() for one in BaseGPT(config.to_base()).parameters())
-    found = 0
-    for path in target.glob("*.safetensors"):
-        with safe_open(path, "pt") as file:
-            found += sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118 - not a dict
     return found + config.n_embd * (config.padded_vocab_size or 0) == expected  # tied
 
 

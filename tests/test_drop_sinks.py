@@ -1,5 +1,6 @@
 """The dropped checkpoint: the same function, a plain model, whole or not there."""
 
+import ast
 import json
 import os
 import signal
@@ -307,3 +308,14 @@ def test_load_model_gives_the_kind_that_was_saved(tmp_path):
     assert torch.equal(loaded(tokens, sequence_ids=ids), model(tokens, sequence_ids=ids))
     assert read_config(tmp_path / "in") == model.config
     assert loaded.lm_head.weight.data_ptr() == loaded.transformer.wte.weight.data_ptr()
+
+
+def test_nothing_but_tensors_is_ever_unpickled():
+    calls = [
+        (path.name, {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords})
+        for path in sorted((REPOSITORY / "litgpt_memsinks").glob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "pickle.load", "pickle.loads")
+    ]
+    assert {"checkpoint.py", "launch.py", "resuming.py"} <= {name for name, _ in calls}
+    assert all(keywords.get("weights_only") == "True" for _, keywords in calls)
