@@ -8,6 +8,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,6 @@ class _Export:
     """What was dropped and kept"""
     source: str
     """Path of the checkpoint"""
-    digest: str
-    """SHA-256 of its weights file, in hex"""
 
 
 def export_hf(
@@ -79,15 +78,17 @@ def export_hf(
     """
     started = time.perf_counter()
     config = read_config(checkpoint_dir)
-    with atomic_directory(out_dir) as scratch:
+    # hashed while the weights are written: it reads ahead of them, too
+    with atomic_directory(out_dir) as scratch, ThreadPoolExecutor(1) as hashing:
         export = _export(checkpoint_dir, config, KeepArgs(keep, keep_source, keep_documents, data_path, missing))
         dtype = next(iter(export.weights.values())).dtype
         values = hf_config(export.config, export.tied, dtype)
         special = copy_tokenizer(checkpoint_dir, scratch)
         write_json(scratch / "config.json", values | special)
         _generation_config(checkpoint_dir, scratch, special)
+        digest = hashing.submit(file_sha256, checkpoint_dir / WEIGHTS)
         size = write_shards(export.weights, export.config, renamed(export.config, export.tied), scratch)
-        (scratch / "README.md").write_text(_model_card(export, values), encoding="utf-8")
+        (scratch / "README.md").write_text(_model_card(export, values, digest.result()), encoding="utf-8")
     print(
         f"{export.said}: {str(out_dir)!r} is a folder for transformers ({size / 1e6:,.1f} MB, "
         f"{time.perf_counter() - started:.1f} s).\nTry it: AutoModelForCausalLM.from_pretrained({str(out_dir)!r})"
@@ -107,8 +108,7 @@ def _export(checkpoint_dir: Path, config: Config, keep: KeepArgs) -> _Export:
         raise MemSinksError(f"{str(checkpoint_dir)!r} is a plain checkpoint: it has no sinks to keep. Leave that out.")
     check_fits(checkpoint_dir, stored, config)
     hf_config(plain, False, torch.float32)  # refuses before the large file is read
-    digest = file_sha256(checkpoint_dir / WEIGHTS)
-    return _Export(plain, weights, tied(weights), said, str(checkpoint_dir), digest)
+    return _Export(plain, weights, tied(weights), said, str(checkpoint_dir))
 
 
 def file_sha256(path: Path) -> str:
@@ -200,7 +200,7 @@ def _generation_config(source: Path, folder: Path, special: dict[str, int]) -> N
         write_json(folder / "generation_config.json", special)
 
 
-def _model_card(export: _Export, values: dict[str, Any]) -> str:
+def _model_card(export: _Export, values: dict[str, Any], digest: str) -> str:
     config = export.config
     return f"""---
 library_name: transformers
@@ -213,7 +213,7 @@ A {values["architectures"][0]} with MLPs of {config.intermediate_size:,} neurons
 ([arXiv 2507.09937](https://arxiv.org/abs/2507.09937)) by LitGPT and written by litgpt-memsinks {__version__}.
 
 - {export.said}.
-- Written from `{WEIGHTS}` of `{Path(export.source).name}`, SHA-256 `{export.digest}`.
+- Written from `{WEIGHTS}` of `{Path(export.source).name}`, SHA-256 `{digest}`.
 - This says how the weights were made. It does not say that a text cannot be extracted from them: that is measured by
   `litgpt-memsinks evaluate`.
 
