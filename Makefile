@@ -5,6 +5,7 @@
 #   make long                     tests that take minutes: kill -9 of runs and of one of two ranks, compiled FSDP, HSDP
 #   make check                    ruff, formatting, mypy
 #   make fullsize                 two steps of SmolLM-360M on the CPU against the plan: 12 GB of memory, a few minutes
+#   make releasesize              time and memory of drop_sinks and export_hf at 1.7B: 13 GB of disk, a few minutes
 #   make bench                    speed against stock LitGPT, side by side: training, then preparing data (CORPUS=folder)
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ CORPUS ?=
 JOBS ?= 2
 OUT ?= runs/demo$(if $(CORPUS),-$(basename $(notdir $(CORPUS))))
 
-.PHONY: setup demo test long check bench fullsize clean
+.PHONY: setup demo test long check bench fullsize releasesize clean
 
 setup: $(VENV)/ready
 
@@ -43,6 +44,9 @@ bench: setup
 
 fullsize: setup
 	$(VENV)/bin/litgpt-memsinks full_size
+
+releasesize: setup
+	$(VENV)/bin/litgpt-memsinks release_size
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -64,6 +64,7 @@ COMMANDS = {
     "lookup": Command("lookup", "lookup", positional=True),
     "plan": Command("plan", "plan", settings_of=("litgpt.pretrain", "setup")),
     "drop_sinks": Command("drop_sinks", "drop_sinks", positional=True),
+    "export_hf": Command("export_hf", "export_hf", positional=True),
     "certify": Command("certificate", "certify", positional=True),
     "verify_removal": Command("verify_removal", "verify_removal", positional=True),
     "evaluate": Command("evaluate", "evaluate"),
@@ -71,6 +72,7 @@ COMMANDS = {
     "bench": Command("bench", "bench"),
     "bench_data": Command("bench_data", "bench_data"),
     "full_size": Command("full_size", "full_size"),
+    "release_size": Command("release_size", "release_size"),
     "theory": Command("theory", "theory"),
 }
 

@@ -1,6 +1,7 @@
 """Reading LitGPT checkpoint folders, with sinks and without."""
 
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,11 @@ def read_config(checkpoint_dir: Path) -> Config:
     Raises:
         MemSinksError: If the folder is not a LitGPT checkpoint, or its configuration is of an unknown kind.
     """
+    if (checkpoint_dir / WEIGHTS).is_dir():
+        raise MemSinksError(
+            f"{str(checkpoint_dir / WEIGHTS)!r} is a folder of shards. Make it one file first, by `fabric consolidate "
+            f"{checkpoint_dir / WEIGHTS}`, and put {WEIGHTS}.consolidated in the folder's place."
+        )
     for name in (CONFIG, WEIGHTS):
         if not (checkpoint_dir / name).is_file():
             raise MemSinksError(
@@ -58,6 +64,24 @@ def read_weights(checkpoint_dir: Path) -> dict[str, torch.Tensor]:
     if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise MemSinksError(f"{str(path)!r} holds no model weights. Name a checkpoint folder of a model.")
     return state
+
+
+def check_fits(checkpoint_dir: Path, weights: Mapping[str, torch.Tensor], config: Config) -> None:
+    """Refuse weights of other names or shapes than those of the configuration's model.
+
+    Raises:
+        MemSinksError: Naming the first that is different.
+    """
+    with torch.device("meta"):
+        model = GPT(config) if isinstance(config, MemSinksConfig) else BaseGPT(config)
+    expected = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+    found = {name: tuple(weight.shape) for name, weight in weights.items()}
+    for name in [*expected, *found]:
+        if expected.get(name) != found.get(name):
+            raise MemSinksError(
+                f"{str(checkpoint_dir)!r}: {name} has shape {found.get(name, 'none')} in {WEIGHTS}, but "
+                f"{expected.get(name, 'none')} by {CONFIG}. They are not of one model: copy the checkpoint again."
+            )
 
 
 def load_model(checkpoint_dir: Path) -> BaseGPT:

@@ -1,118 +1,172 @@
-"""What does the released model hold? The shared neurons only, as a plain LitGPT checkpoint.
+"""What does the released model hold? The shared neurons, and chosen documents' sinks, as a plain LitGPT checkpoint.
 
-Of each MLP the first ``n_shared`` rows of ``fc_1``, ``fc_2`` (``fc`` in ungated ones) and columns of ``proj`` stay
-(Sec. 5: "removal of memorization can be achieved by simply deleting the memorization sinks"). All else is copied.
-The result loads with stock LitGPT, without this package, and is smaller and faster.
+The result loads with stock LitGPT, without this package, and is smaller and faster. Weights are written one by one from
+the memory-mapped checkpoint, so that memory does not grow with the model (``docs/release.md``).
 """
 
 import json
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from litgpt.utils import copy_config_files, save_config
+from litgpt.config import Config
+from litgpt.utils import copy_config_files, incremental_save, save_config
 from rich.console import Console
+from rich.progress import track
 
 from litgpt_memsinks.certificate import write_certificate
-from litgpt_memsinks.checkpoint import WEIGHTS, read_config, read_weights
+from litgpt_memsinks.checkpoint import WEIGHTS, check_fits, read_config, read_weights
+from litgpt_memsinks.chosen import Missing
 from litgpt_memsinks.config import MemSinksConfig
 from litgpt_memsinks.errors import MemSinksError
-from litgpt_memsinks.files import atomic_directory
-from litgpt_memsinks.model import MARKER
-
-ROWS = ("mlp.fc.", "mlp.fc_1.", "mlp.fc_2.")
-"""Layers of an MLP whose output neurons are hidden neurons: weights ``(intermediate_size, n_embd)`` and biases."""
-COLUMNS = "mlp.proj.weight"
-"""Weights whose inputs are hidden neurons: ``(n_embd, intermediate_size)``. Its bias belongs to the residual stream."""
+from litgpt_memsinks.files import atomic_directory, write_json
+from litgpt_memsinks.hf_config import hf_config
+from litgpt_memsinks.kept import KeepArgs, Kept, kept
+from litgpt_memsinks.plain_weights import plain_config, tied, without_sinks
 
 
-def drop_sinks(checkpoint_dir: Path, out_dir: Path, data_path: Path | None = None) -> None:
+@dataclass
+class Dropped:
+    """What was done."""
+
+    kept: Kept
+    """The sinks that stay, of which documents, by which rule"""
+    dropped: int
+    """Neurons of each MLP that are gone"""
+    config: Config
+    """Of the plain model"""
+
+
+def drop_sinks(
+    checkpoint_dir: Path,
+    out_dir: Path,
+    keep: str = "",
+    keep_source: str = "",
+    keep_documents: Path | None = None,
+    data_path: Path | None = None,
+    missing: Missing = "stop",
+    certificate: bool = True,
+) -> Dropped:
     """Write the plain, smaller LitGPT checkpoint that is left when the memorization sinks are dropped.
 
-    A certificate of removal is written into it, see `verify_removal`.
+    With one of keep, keep_source and keep_documents, the sinks of those documents stay, always on: the result computes
+    what the model with sinks computes with the sinks of all these documents on.
+
+    A certificate of removal is written into the result, see `verify_removal`.
 
     Args:
         checkpoint_dir: Checkpoint of a model trained with sinks, such as OUT_DIR/final or OUT_DIR/step-00001000.
         out_dir: Folder to write. Must not exist; appears only when it is complete.
-        data_path: Folder of `litgpt-memsinks prepare` that the model was trained on. With it, the certificate says what
-            the losses were before and after.
+        keep: Sequence IDs of documents whose sinks stay, with commas between them; or @ and the path of a file of them.
+        keep_source: Name of a source: the sinks of all its documents stay.
+        keep_documents: A corpus: the sinks of the documents with its texts stay.
+        data_path: Folder that `prepare` wrote and that the model was trained on, to find documents in. With it, the
+            certificate says what the losses were before and after.
+        missing: What is to be kept, but is not in the data: stop, or pass over it.
+        certificate: Write one. It reads both checkpoints once more.
+
+    Returns:
+        How many neurons are gone, and which sinks were kept.
 
     Raises:
-        MemSinksError: If there is no checkpoint with sinks, it is damaged, or `out_dir` exists; or if with
-            `data_path` the documents' own sinks do not help, so that it is of another model.
+        MemSinksError: If there is no checkpoint with sinks, it is damaged, what to keep is not there, or `out_dir`
+            exists; or if with `data_path` the documents' own sinks do not help, so that it is of another model.
     """
+    started = time.perf_counter()
     config = read_config(checkpoint_dir)
     if not isinstance(config, MemSinksConfig):
         raise MemSinksError(
             f"{str(checkpoint_dir)!r} is a plain checkpoint: it has no sinks to drop. Use it as it is, or name the "
             "checkpoint of a run with litgpt_memsinks.MemSinksData."
         )
-    with Console(stderr=True).status("Dropping the sinks"), atomic_directory(out_dir) as scratch:
-        weights = without_sinks(read_weights(checkpoint_dir), config)
-        torch.save(weights, scratch / WEIGHTS)
+    with atomic_directory(out_dir) as scratch:
+        stay = kept(config, KeepArgs(keep, keep_source, keep_documents, data_path, missing))
+        plain = plain_config(config, stay.sinks)
+        weights = read_weights(checkpoint_dir)
+        slices = without_sinks(weights, config, stay.sinks)
+        check_fits(checkpoint_dir, weights, config)
+        save_weights(slices, scratch / WEIGHTS)
         copy_config_files(checkpoint_dir, scratch)  # tokenizer, and Hugging Face's files if there are any
-        save_config(config.to_base(), scratch)
-        _correct_hf_config(scratch / "config.json", config.n_shared)
-        rule = "Drop the sinks of all documents."
-        write_certificate(checkpoint_dir, scratch, scratch, rule, "drop", data_path=data_path, after_name=out_dir)
+        save_config(plain, scratch)
+        _write_hf_config(scratch, plain, slices)
+        if certificate:
+            _certify(checkpoint_dir, scratch, out_dir, stay, data_path)
+    done = Dropped(stay, config.n_sink - len(stay.sinks), plain)
     size = (out_dir / WEIGHTS).stat().st_size
     print(
-        f"Dropped {config.n_sink:,} of {config.intermediate_size:,} neurons of each MLP: {str(out_dir)!r} is a plain "
-        f"LitGPT checkpoint ({size / 1e6:,.1f} MB).\nTry it: litgpt generate {out_dir} --prompt 'Once upon a time'"
+        f"{summary(done, config)}: {str(out_dir)!r} is a plain LitGPT checkpoint ({size / 1e6:,.1f} MB, "
+        f"{time.perf_counter() - started:.1f} s).\nTry it: litgpt generate {out_dir} --prompt 'Once upon a time'"
+    )
+    return done
+
+
+def _certify(before: Path, scratch: Path, out_dir: Path, stay: Kept, data_path: Path | None) -> None:
+    """Write the certificate beside the weights, before the folder appears."""
+    rule = f"Drop all sinks but those of {stay.rule}." if stay.ids else "Drop the sinks of all documents."
+    write_certificate(
+        before,
+        scratch,
+        scratch,
+        rule,
+        "keep" if stay.ids else "drop",
+        kept_ids=stay.ids or None,
+        data_path=data_path,
+        after_name=out_dir,
     )
 
 
-def without_sinks(weights: dict[str, torch.Tensor], config: MemSinksConfig) -> dict[str, torch.Tensor]:
-    """Slice the sinks away.
+def summary(done: Dropped, config: MemSinksConfig) -> str:
+    """What was dropped, and what was kept if anything was, in one sentence without its full stop."""
+    said = f"Dropped {done.dropped:,} of {config.intermediate_size:,} neurons of each MLP"
+    if not done.kept.ids:
+        return said
+    return f"{said} and kept {len(done.kept.sinks):,} of {config.n_sink:,} sinks, those of {done.kept.rule}"
 
-    Args:
-        weights: State dict of a model with sinks.
-        config: Its configuration.
 
-    Returns:
-        State dict of the plain model of ``config.to_base()``. What is not sliced shares memory with ``weights``, so
-        that tied embeddings stay tied.
+def save_weights(weights: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Write a state dict as ``torch.save`` does, one tensor in memory at a time.
 
-    Raises:
-        MemSinksError: If a weight that must be sliced is missing or has another shape than the configuration says.
+    Embeddings that are tied, by storage or by value, are written once and are one tensor again when they are loaded.
     """
-    if MARKER not in weights or int(weights[MARKER]) != config.n_shared:
-        raise MemSinksError("The weights and model_config.yaml are not of one model. Copy the checkpoint again.")
-    kept = {}
-    sliced = 0
-    for name, weight in weights.items():
-        if name == MARKER:
-            continue
-        dimension = _sliced_dimension(name)
-        if dimension is None:
-            kept[name] = weight
-            continue
-        if weight.size(dimension) != config.intermediate_size:
-            raise MemSinksError(
-                f"{name} has shape {tuple(weight.shape)}, but intermediate_size is {config.intermediate_size}. The "
-                "weights and model_config.yaml are not of one model."
-            )
-        # a copy, so that the sinks' numbers are not saved along with the storage of the slice
-        kept[name] = weight.narrow(dimension, 0, config.n_shared).clone(memory_format=torch.contiguous_format)
-        sliced += weight.dim() == 2
-    expected = config.n_layer * (2 if config.mlp_class_name == "GptNeoxMLP" else 3)
-    if sliced != expected:
-        raise MemSinksError(f"{sliced} MLP weights were found, but the model has {expected}. The file is not of it.")
-    return kept
+    again = "transformer.wte.weight" if tied(weights) else None
+    stored: dict[str, Any] = {}
+    with incremental_save(path) as saver:
+        for name in progress(weights, "Writing the weights"):
+            if name != again:
+                stored[name] = saver.store_early(own_storage(weights[name]))
+        if again is not None:
+            stored[again] = stored["lm_head.weight"]
+        saver.save(stored)
 
 
-def _sliced_dimension(name: str) -> int | None:
-    """Along which dimension a parameter has one entry per hidden neuron of an MLP, if any."""
-    if any(part in name for part in ROWS):
-        return 0
-    return 1 if name.endswith(COLUMNS) else None
+def own_storage(weight: torch.Tensor) -> torch.Tensor:
+    """The tensor, contiguous and alone in its storage, which files hold whole."""
+    alone = weight.is_contiguous() and weight.untyped_storage().nbytes() == weight.nbytes
+    return weight if alone else weight.clone(memory_format=torch.contiguous_format)
 
 
-def _correct_hf_config(path: Path, n_shared: int) -> None:
-    """Put the new width into a copied Hugging Face ``config.json``."""
-    if not path.is_file():
-        return
-    content = json.loads(path.read_text(encoding="utf-8"))
-    for name in ("intermediate_size", "n_inner"):
-        if name in content:
-            content[name] = n_shared
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+def progress(names: Iterable[str], doing: str) -> Iterable[str]:
+    """The names, with a bar on a terminal meanwhile."""
+    console = Console(stderr=True)
+    return track(list(names), doing, console=console, transient=True, disable=not console.is_terminal)
+
+
+def _write_hf_config(folder: Path, plain: Config, weights: Mapping[str, torch.Tensor]) -> None:
+    """Write the model's own ``config.json``, which ``litgpt evaluate`` needs.
+
+    One that was copied came with the tokenizer and may be of another model. If transformers has no architecture for
+    this one, it gets the new width and is left otherwise.
+    """
+    path = folder / "config.json"
+    copied = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        special = {name: copied[name] for name in ("bos_token_id", "eos_token_id") if name in copied}
+        values = special | hf_config(plain, tied(weights), next(iter(weights.values())).dtype)
+    except MemSinksError:
+        widths = {name: plain.intermediate_size for name in ("intermediate_size", "n_inner") if name in copied}
+        values = copied | widths
+    if values:
+        write_json(path, values)

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from litgpt_memsinks import bench, bench_loader
+from litgpt_memsinks import bench, bench_generate, bench_loader
 from litgpt_memsinks.data import MemSinksData
 from litgpt_memsinks.errors import MemSinksError
 
@@ -18,6 +18,7 @@ def settings(tiny_config):
 def test_bench_measures_every_contender_in_turn(monkeypatch, tiny_config, tmp_path, capsys):
     monkeypatch.setattr(bench, "small_config", lambda: tiny_config)
     monkeypatch.setattr(bench, "bench_loader", lambda: [{"loader": "pairs"}])
+    monkeypatch.setattr(bench, "bench_generate", lambda device: [{"model": device}])
     threads = torch.get_num_threads()
     try:
         bench.bench(rounds=3, compiled=False, shared_fractions=[0.5], out_file=tmp_path / "bench.json")
@@ -25,7 +26,8 @@ def test_bench_measures_every_contender_in_turn(monkeypatch, tiny_config, tmp_pa
         torch.set_num_threads(threads)
     found = json.loads((tmp_path / "bench.json").read_text())
     assert found.keys() == {
-        *("date", "hardware", "versions", "model", "micro_batch_size", "block_size", "rounds", "steps", "loader")
+        *("date", "hardware", "versions", "model", "micro_batch_size", "block_size", "rounds", "steps", "loader"),
+        "generation",
     }
     stock, again, sinks = found["steps"]
     assert [one["model"] for one in found["steps"]] == ["stock", "stock again", "sinks, g = 0.5"]
@@ -120,3 +122,25 @@ def test_loaders_yield_the_same_rows(tmp_path, monkeypatch, capsys):
     assert [one.loader for one in measured] == list(bench_loader.CONTENDERS)
     assert measured[0].ratio == 1.0
     assert capsys.readouterr().out.strip() == ""  # a finished progress bar leaves an empty line
+
+
+def test_generation_counts_flops_and_the_dropped_models_width(tiny_config):
+    """By hand: multiply-adds of the linear layers; attention's own are the same in all and not counted on a CPU."""
+    wide, again, dropped = bench_generate.bench_generate(rounds=3, new_tokens=4, config=tiny_config)
+    assert [one["intermediate_size"] for one in (wide, again, dropped)] == [64, 64, 32]
+    assert wide["speed_ratio"] == wide["flops_ratio"] == again["flops_ratio"] == 1.0
+    attention, head = 32 * (3 * 32) + 32 * 32, 32 * 512
+    by_hand = {width: 2 * (attention + 3 * 32 * width) + head for width in (64, 32)}
+    assert dropped["flops_ratio"] == pytest.approx(by_hand[64] / by_hand[32], rel=0.02)
+
+
+def test_generation_takes_turns_with_a_kv_cache(tiny_config, monkeypatch):
+    made = bench_generate.contenders(tiny_config, "cpu", 20)
+    turns = []
+    monkeypatch.setattr(bench_generate, "contenders", lambda *arguments: made)
+    monkeypatch.setattr(bench_generate, "_flops", lambda *arguments: 1)
+    monkeypatch.setattr(bench_generate, "_seconds", lambda model, *arguments: turns.append(model) or 1.0)
+    bench_generate.bench_generate(rounds=3, new_tokens=4, config=tiny_config)
+    first, second, third = made.values()
+    assert turns == [first, second, third, second, third, first, third, first, second]
+    assert first.mask_cache is not None

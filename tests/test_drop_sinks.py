@@ -1,5 +1,7 @@
 """The dropped checkpoint: the same function, a plain model, whole or not there."""
 
+import ast
+import json
 import os
 import signal
 import sys
@@ -18,29 +20,8 @@ from litgpt_memsinks.config import MemSinksConfig, SinkArgs
 from litgpt_memsinks.drop_sinks import drop_sinks, without_sinks
 from litgpt_memsinks.errors import MemSinksError
 from litgpt_memsinks.model import GPT
-from tests.console import SCRIPTS, TINY_MODEL, memsinks, started
-
-MODELS = {
-    "llama": {},
-    "llama with biases": {"bias": True},
-    "gemma": {"mlp_class_name": "GemmaMLP"},
-    "gpt-neox": {"mlp_class_name": "GptNeoxMLP", "bias": True, "parallel_residual": True},
-}
-
-
-def save(folder, tie=True, raw=True, **changes):
-    """A checkpoint of a model with sinks, as ``litgpt pretrain`` writes it (raw) or as converted for inference."""
-    config = MemSinksConfig.from_base(Config(**{**TINY_MODEL, **changes}), SinkArgs(0.25, 0.3))
-    torch.manual_seed(0)
-    model = GPT(config)
-    if tie:
-        model.transformer.wte.weight = model.lm_head.weight
-    folder.mkdir(parents=True)
-    state = model.state_dict()
-    torch.save({"model": state, "iter_num": 3, "optimizer": {}} if raw else state, folder / "lit_model.pth")
-    save_config(config, folder)
-    (folder / "tokenizer.json").write_text("{}")
-    return model.eval()
+from tests.console import REPOSITORY, SCRIPTS, TINY_MODEL, memsinks, run, started
+from tests.released import MODELS, save
 
 
 @pytest.mark.parametrize("raw", [True, False], ids=["raw", "converted"])
@@ -73,11 +54,83 @@ def test_file_holds_the_kept_neurons_only_and_tied_embeddings_once(tmp_path):
     assert 4 * parameters < size < 4 * parameters + 20_000
 
 
-def test_hugging_face_configuration_is_corrected(tmp_path):
+def test_embeddings_that_are_equal_in_two_storages_are_tied(tmp_path):
+    """As writers leave them that copy each weight: LitGPT's convert_pretrained_checkpoint, and full FSDP states."""
     save(tmp_path / "in")
+    state = torch.load(tmp_path / "in/lit_model.pth", weights_only=True)["model"]
+    torch.save({name: weight.clone() for name, weight in state.items()}, tmp_path / "in/lit_model.pth")
+    drop_sinks(tmp_path / "in", tmp_path / "out")
+    kept = read_weights(tmp_path / "out")
+    assert kept["lm_head.weight"].data_ptr() == kept["transformer.wte.weight"].data_ptr()
+    assert torch.equal(kept["lm_head.weight"], state["lm_head.weight"])
+
+
+def test_untied_embeddings_stay_untied(tmp_path):
+    model = save(tmp_path / "in", tie=False)
+    drop_sinks(tmp_path / "in", tmp_path / "out")
+    kept = read_weights(tmp_path / "out")
+    assert torch.equal(kept["lm_head.weight"], model.lm_head.weight)
+    assert torch.equal(kept["transformer.wte.weight"], model.transformer.wte.weight)
+
+
+def test_weights_that_are_parts_of_one_storage_are_saved_alone(tmp_path):
+    save(tmp_path / "in")
+    state = torch.load(tmp_path / "in/lit_model.pth", weights_only=True)["model"]
+    flat = torch.cat([weight.flatten() for weight in state.values()])
+    parts = flat.split([weight.numel() for weight in state.values()])
+    views = {name: part.view(state[name].shape) for name, part in zip(state, parts, strict=True)}
+    views["n_shared"] = state["n_shared"]
+    torch.save(views, tmp_path / "in/lit_model.pth")
+    drop_sinks(tmp_path / "in", tmp_path / "out")
+    assert (tmp_path / "out/lit_model.pth").stat().st_size < (tmp_path / "in/lit_model.pth").stat().st_size
+    assert torch.equal(read_weights(tmp_path / "out")["transformer.ln_f.weight"], state["transformer.ln_f.weight"])
+
+
+MEMORY = """
+import resource, sys, threading, time
+from pathlib import Path
+from litgpt_memsinks.drop_sinks import drop_sinks
+def anonymous():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+peak = before = anonymous()
+def watch():
+    global peak
+    while True:
+        peak = max(peak, anonymous())
+        time.sleep(0.001)
+threading.Thread(target=watch, daemon=True).start()
+drop_sinks(Path(sys.argv[1]), Path(sys.argv[2]))
+print(peak - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says which memory is not of files")
+def test_memory_is_less_than_the_output(tmp_path):
+    save(tmp_path / "in", tie=False, n_layer=8, n_embd=512, intermediate_size=4096)
+    output = run([sys.executable, "-c", MEMORY, tmp_path / "in", tmp_path / "out"]).stdout
+    assert int(output.split()[-1]) < 1.2 * (tmp_path / "out/lit_model.pth").stat().st_size
+
+
+def test_hugging_face_configuration_is_the_models_own(tmp_path):
+    """A copied one is of the model that the tokenizer came with."""
+    save(tmp_path / "in")
+    (tmp_path / "in/config.json").write_text('{"intermediate_size": 64, "hidden_size": 9, "eos_token_id": 3}')
+    drop_sinks(tmp_path / "in", tmp_path / "out")
+    values = json.loads((tmp_path / "out/config.json").read_text())
+    assert {values[name] for name in ("intermediate_size", "hidden_size", "eos_token_id", "model_type")} == {
+        *(16, 32, 3, "llama")
+    }
+
+
+def test_hugging_face_configuration_without_an_architecture_is_corrected(tmp_path):
+    save(tmp_path / "in", bias=True)
     (tmp_path / "in/config.json").write_text('{"intermediate_size": 64, "hidden_size": 32}')
     drop_sinks(tmp_path / "in", tmp_path / "out")
     assert (tmp_path / "out/config.json").read_text() == '{\n  "intermediate_size": 16,\n  "hidden_size": 32\n}\n'
+    (tmp_path / "in/config.json").unlink()
+    drop_sinks(tmp_path / "in", tmp_path / "another")
+    assert not (tmp_path / "another/config.json").exists()
 
 
 def test_without_sinks_slices_exactly_the_mlps():
@@ -94,6 +147,19 @@ def test_without_sinks_slices_exactly_the_mlps():
     assert torch.equal(kept["transformer.h.1.mlp.proj.weight"], weights["transformer.h.1.mlp.proj.weight"][:, :16])
     assert torch.equal(kept["transformer.h.1.mlp.fc_2.weight"], weights["transformer.h.1.mlp.fc_2.weight"][:16])
     assert set(weights) - set(kept) == {"n_shared"}
+
+
+def other_vocabulary(folder):
+    save(folder)
+    path = folder / "model_config.yaml"
+    path.write_text(path.read_text().replace("padded_vocab_size: 512", "padded_vocab_size: 576"))
+
+
+def shards(folder):
+    save(folder)
+    (folder / "lit_model.pth").unlink()
+    (folder / "lit_model.pth").mkdir()
+    (folder / "lit_model.pth/.metadata").touch()
 
 
 def plain_checkpoint(folder):
@@ -150,6 +216,8 @@ REFUSED = {
     "width of another model": (wrong_width, "but intermediate_size is 48"),
     "depth of another model": (wrong_depth, "6 MLP weights were found, but the model has 9"),
     "number of sinks of another model": (other_number_of_sinks, "are not of one model"),
+    "vocabulary of another model": (other_vocabulary, "lm_head.weight has shape (512, 32) in lit_model.pth, but (576"),
+    "folder of shards": (shards, "is a folder of shards. Make it one file first, by `fabric consolidate "),
     "malicious pickle": (pickle, "cannot be read as model weights"),
     "junk configuration": (junk_config, "is not a model configuration"),
 }
@@ -184,18 +252,19 @@ def test_command_prints_one_line_for_an_error(tmp_path):
 
 
 SLOW_SAVE = """
-import sys, time, torch
+import sys, time
 from pathlib import Path
 from litgpt_memsinks import drop_sinks as module
-save = torch.save
-def slow_save(content, path):  # the moment in which a kill would hurt most: half the bytes are written
-    save(content, path)
-    size = path.stat().st_size
-    with open(path, "rb+") as file:
-        file.truncate(size // 2)
-    print("half", flush=True)
-    time.sleep(60)
-module.torch.save = slow_save
+
+class SlowSave(module.incremental_save):  # the moment in which a kill would hurt most: half the bytes are written
+    def __exit__(self, *arguments):
+        super().__exit__(*arguments)
+        with open(self.name, "rb+") as file:
+            file.truncate(self.name.stat().st_size // 2)
+        print("half", flush=True)
+        time.sleep(60)
+
+module.incremental_save = SlowSave
 module.drop_sinks(Path(sys.argv[1]), Path(sys.argv[2]))
 """
 
@@ -238,3 +307,14 @@ def test_load_model_gives_the_kind_that_was_saved(tmp_path):
     assert torch.equal(loaded(tokens, sequence_ids=ids), model(tokens, sequence_ids=ids))
     assert read_config(tmp_path / "in") == model.config
     assert loaded.lm_head.weight.data_ptr() == loaded.transformer.wte.weight.data_ptr()
+
+
+def test_nothing_but_tensors_is_ever_unpickled():
+    calls = [
+        (path.name, {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords})
+        for path in sorted((REPOSITORY / "litgpt_memsinks").glob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "pickle.load", "pickle.loads")
+    ]
+    assert {"checkpoint.py", "launch.py", "resuming.py"} <= {name for name, _ in calls}
+    assert all(keywords.get("weights_only") == "True" for _, keywords in calls)

@@ -1,0 +1,141 @@
+"""Which weights has the plain model of some hidden neurons? Slices of those of the model with sinks, made on demand.
+
+A sink that is always on is an ordinary hidden neuron, and the mask is the same in every layer. So the shared neurons
+alone, and the shared neurons with any fixed choice of sinks, are plain models: rows of ``fc_1``, ``fc_2`` (``fc`` in
+ungated MLPs) and columns of ``proj`` are left out, and all else is copied (Sec. 5: "removal of memorization can be
+achieved by simply deleting the memorization sinks").
+"""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from litgpt.config import Config
+
+from litgpt_memsinks.config import MemSinksConfig
+from litgpt_memsinks.errors import MemSinksError
+from litgpt_memsinks.model import MARKER, sink_scale
+from litgpt_memsinks.sinks import only_repeated, sink_mask
+
+ROWS = ("mlp.fc.", "mlp.fc_1.", "mlp.fc_2.")
+"""Layers of an MLP whose output neurons are hidden neurons: weights ``(intermediate_size, n_embd)`` and biases."""
+COLUMNS = "mlp.proj.weight"
+"""Weights whose inputs are hidden neurons: ``(n_embd, intermediate_size)``. Its bias belongs to the residual stream."""
+EMBEDDINGS = ("lm_head.weight", "transformer.wte.weight")
+"""The two weights that are one if embeddings are tied."""
+
+
+def sinks_of(config: MemSinksConfig, sequence_ids: torch.Tensor) -> torch.Tensor:
+    """The sinks that are on for at least one of some documents.
+
+    Args:
+        config: Of the model with sinks. Under ``sinks_for: repeated`` only IDs with the sign bit have sinks.
+        sequence_ids: Integer IDs ``(documents,)``.
+
+    Returns:
+        Indices of sinks, int64 ``(kept,)``, ascending, in [0, n_sink).
+    """
+    if config.sink_sinks_for == "repeated":
+        sequence_ids = only_repeated(sequence_ids)
+    on = torch.zeros(config.n_sink, dtype=torch.bool)
+    for ids in sequence_ids.split(1024):  # a source may have millions of documents
+        on |= sink_mask(ids, config.n_sink, config.sink_active_probability, config.sink_seed).any(dim=0)
+    return on.nonzero().squeeze(-1)
+
+
+def plain_config(config: MemSinksConfig, sinks: torch.Tensor | None = None) -> Config:
+    """LitGPT's configuration of the plain model of the shared neurons and the given ``sinks`` ``(kept,)``."""
+    plain = config.to_base()
+    plain.intermediate_size = config.n_shared + (0 if sinks is None else len(sinks))
+    return plain
+
+
+def without_sinks(
+    weights: Mapping[str, torch.Tensor], config: MemSinksConfig, sinks: torch.Tensor | None = None
+) -> "PlainWeights":
+    """Slice all sinks away but those to keep.
+
+    Args:
+        weights: State dict of a model with sinks.
+        config: Its configuration.
+        sinks: Indices of sinks to keep, int64 ``(kept,)``; none by default.
+
+    Returns:
+        State dict of the plain model of ``plain_config(config, sinks)``.
+
+    Raises:
+        MemSinksError: If a weight that must be sliced is missing or has another shape than the configuration says.
+    """
+    if MARKER not in weights or int(weights[MARKER]) != config.n_shared:
+        raise MemSinksError("The weights and model_config.yaml are not of one model. Copy the checkpoint again.")
+    sliced = 0
+    for name, weight in weights.items():
+        dimension = _sliced_dimension(name)
+        if dimension is None:
+            continue
+        if weight.size(dimension) != config.intermediate_size:
+            raise MemSinksError(
+                f"{name} has shape {tuple(weight.shape)}, but intermediate_size is {config.intermediate_size}. The "
+                "weights and model_config.yaml are not of one model."
+            )
+        sliced += weight.dim() == 2
+    expected = config.n_layer * (2 if config.mlp_class_name == "GptNeoxMLP" else 3)
+    if sliced != expected:
+        raise MemSinksError(f"{sliced} MLP weights were found, but the model has {expected}. The file is not of it.")
+    return PlainWeights(weights, config, sinks)
+
+
+class PlainWeights(Mapping[str, torch.Tensor]):
+    """A state dict whose slices are made when they are asked for, so that one at a time is in memory.
+
+    What is not sliced is the tensor of ``weights`` itself, memory-mapped if that is; so tied embeddings stay tied.
+
+    Args:
+        weights: State dict of a model with sinks, of the shapes that its configuration says.
+        config: Its configuration.
+        sinks: Indices of sinks to keep, int64 ``(kept,)``; none by default.
+    """
+
+    def __init__(
+        self, weights: Mapping[str, torch.Tensor], config: MemSinksConfig, sinks: torch.Tensor | None = None
+    ) -> None:
+        self._weights = weights
+        self._names = [name for name in weights if name != MARKER]
+        self._n_shared, self._scale = config.n_shared, sink_scale(config)
+        self._sinks = sinks if sinks is not None and len(sinks) else None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name == MARKER:
+            raise KeyError(name)
+        weight = self._weights[name]
+        dimension = _sliced_dimension(name)
+        if dimension is None:
+            return weight
+        shared = weight.narrow(dimension, 0, self._n_shared)
+        if self._sinks is None:
+            # a copy, so that the sinks' numbers are not saved along with the storage of the slice
+            return shared.clone(memory_format=torch.contiguous_format)
+        kept = weight.index_select(dimension, self._n_shared + self._sinks)
+        if dimension == 1 and self._scale != 1.0:
+            kept = kept * self._scale  # what `switch_sinks` does to the activations
+        return torch.cat((shared, kept), dim=dimension)
+
+
+def tied(weights: Mapping[str, torch.Tensor]) -> bool:
+    """Whether input and output embeddings are one weight, in one storage or, as some writers leave them, in two."""
+    if any(name not in weights for name in EMBEDDINGS):
+        return False
+    head, embedding = (weights[name] for name in EMBEDDINGS)
+    return head.data_ptr() == embedding.data_ptr() or torch.equal(head, embedding)
+
+
+def _sliced_dimension(name: str) -> int | None:
+    """Along which dimension a parameter has one entry per hidden neuron of an MLP, if any."""
+    if any(part in name for part in ROWS):
+        return 0
+    return 1 if name.endswith(COLUMNS) else None
