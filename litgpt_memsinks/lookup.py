@@ -70,7 +70,7 @@ def lookup(
     manifest = Manifest.read(data_path)
     table = DocumentTable(data_path)
     if source and source not in manifest.sources:
-        raise MemSinksError(f"There is no source {source!r} in {str(data_path)!r}. It has {_some(manifest.sources)}.")
+        raise MemSinksError(f"There is no source {source!r} in {str(data_path)!r}. It has {some(manifest.sources)}.")
     if text:
         return _find_text(table, manifest, data_path, text, json)
     if file is not None:
@@ -110,7 +110,8 @@ def _check_selector(**selectors: Any) -> None:
         raise MemSinksError(f"Give one of --text, --file, --id and --source, not {' and '.join(given) or 'none'}.")
 
 
-def _some(names: Sequence[str] | Any) -> str:
+def some(names: Sequence[str] | Any) -> str:
+    """The first of some names, and how many more there are."""
     listed = list(names)
     return ", ".join(listed[:_NAMED]) + (f" and {len(listed) - _NAMED} more" if len(listed) > _NAMED else "")
 
@@ -140,31 +141,51 @@ def text_digests(texts: list[str], tokenizer: Tokenizer) -> list[int]:
 def _find_text(table: DocumentTable, manifest: Manifest, data_path: Path, text: str, json: bool) -> int:
     rows = table.rows(with_digests(_digests(data_path)([text])))
     if not rows:
-        raise MemSinksError(f"No document of {str(data_path)!r} has exactly this text.{_hint(manifest)}")
+        raise MemSinksError(f"No document of {str(data_path)!r} has exactly this text.{canary_hint(manifest)}")
     _Printer(COLUMNS, json).print(rows)
     return len(rows)
 
 
 def _find_file(table: DocumentTable, manifest: Manifest, data_path: Path, reading: Reading, json: bool) -> int:
-    digests = _digests(data_path)
     printer = _Printer(["text", "found", *COLUMNS], json)
     asked = hits = 0
+    for batch in find_texts(table, data_path, reading):
+        rows = [_answer(place, row) for place, _, row in batch]
+        printer.print(rows)
+        asked, hits = asked + len(rows), hits + sum(row["found"] for row in rows)
+    if not hits:
+        raise MemSinksError(f"None of the {asked:,} texts is a document of {str(data_path)!r}.{canary_hint(manifest)}")
+    _note(f"{hits:,} of {asked:,} texts are documents of {str(data_path)!r}.{canary_hint(manifest)}")
+    return hits
+
+
+def find_texts(
+    table: DocumentTable, data_path: Path, reading: Reading
+) -> Iterator[list[tuple[str, str, dict[str, Any] | None]]]:
+    """Look the texts of a corpus up, some thousand at a time.
+
+    Args:
+        table: The document table of `data_path`.
+        data_path: The prepared folder, for its tokenizer.
+        reading: The corpus.
+
+    Yields:
+        Place and text of each document, and its row of the table, ``None`` if it has none.
+
+    Raises:
+        MemSinksError: If the corpus, the table or the tokenizer cannot be read.
+    """
+    digests = _digests(data_path)
     texts = _texts(reading)
     while batch := list(islice(texts, _TEXTS)):
         values = digests([text for _, text in batch])
         # editors end a file with a line end that the document had not
         others = digests([text.rstrip("\r\n") for _, text in batch]) if reading.format == "text" else values
         known = {row["digest"]: row for row in table.rows(with_digests([*values, *others]))}
-        rows = [
-            _answer(place, known.get(value) or known.get(other))
-            for (place, _), value, other in zip(batch, values, others, strict=True)
+        yield [
+            (place, text, known.get(value) or known.get(other))
+            for (place, text), value, other in zip(batch, values, others, strict=True)
         ]
-        printer.print(rows)
-        asked, hits = asked + len(rows), hits + sum(row["found"] for row in rows)
-    if not hits:
-        raise MemSinksError(f"None of the {asked:,} texts is a document of {str(data_path)!r}.{_hint(manifest)}")
-    _note(f"{hits:,} of {asked:,} texts are documents of {str(data_path)!r}.{_hint(manifest)}")
-    return hits
 
 
 def _texts(reading: Reading) -> Iterator[tuple[str, str]]:
@@ -183,12 +204,12 @@ def _digests(data_path: Path) -> Any:
     return lambda texts: text_digests(texts, tokenizer)
 
 
-def _hint(manifest: Manifest) -> str:
+def canary_hint(manifest: Manifest) -> str:
     """Why a text that was read may not be found."""
     names = [name for name, source in manifest.recipe["sources"].items() if source["canary_tokens"]]
     if not names:
         return ""
-    return f" Documents of {_some(names)} have canaries appended, so they are found by --id or --source only."
+    return f" Documents of {some(names)} have canaries appended, so they are found by --id or --source only."
 
 
 # -------------------------------------------------------------------------------------------------------------- output
