@@ -18,10 +18,13 @@ from litgpt_memsinks.drop_sinks import drop_sinks
 from litgpt_memsinks.errors import MemSinksError
 from litgpt_memsinks.evaluate import evaluate
 from litgpt_memsinks.full_size import full_size
+from litgpt_memsinks.generate import generate
 from litgpt_memsinks.inspect_data import inspect
 from litgpt_memsinks.lookup import lookup
 from litgpt_memsinks.plan import plan
 from litgpt_memsinks.prepare import merge, prepare
+from litgpt_memsinks.removal_curve import removal_curve
+from litgpt_memsinks.remove import remove
 from litgpt_memsinks.report import report
 from litgpt_memsinks.verify import verify
 
@@ -53,6 +56,9 @@ COMMANDS = {
     "lookup": Command(lookup, positional=True),
     "plan": Command(plan, settings_of=setup),
     "drop_sinks": Command(drop_sinks, positional=True),
+    "remove": Command(remove, positional=True),
+    "generate": Command(generate, positional=True),
+    "removal_curve": Command(removal_curve),
     "evaluate": Command(evaluate),
     "report": Command(report),
     "bench": Command(bench),

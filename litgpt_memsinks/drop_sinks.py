@@ -16,7 +16,7 @@ from litgpt_memsinks.checkpoint import WEIGHTS, read_config, read_weights
 from litgpt_memsinks.config import MemSinksConfig
 from litgpt_memsinks.errors import MemSinksError
 from litgpt_memsinks.files import atomic_directory
-from litgpt_memsinks.model import MARKER
+from litgpt_memsinks.model import MARKER, REMOVED
 
 ROWS = ("mlp.fc.", "mlp.fc_1.", "mlp.fc_2.")
 """Layers of an MLP whose output neurons are hidden neurons: weights ``(intermediate_size, n_embd)`` and biases."""
@@ -72,7 +72,7 @@ def without_sinks(weights: dict[str, torch.Tensor], config: MemSinksConfig) -> d
     kept = {}
     sliced = 0
     for name, weight in weights.items():
-        if name == MARKER:
+        if name in (MARKER, REMOVED):
             continue
         dimension = _sliced_dimension(name)
         if dimension is None:

@@ -32,6 +32,9 @@ STAGES = [
     "preemption",
     "pretrain",
     "drop_sinks",
+    "pool",
+    "remove",
+    "generate",
     "evaluate",
     "report",
 ]
@@ -57,6 +60,7 @@ TOOLS = {"chosen", "document_table", "document_walk", "inspect_data", "lookup", 
 """Modules that look at a prepared folder: what `prepare` wrote, before any model. Stages behind training use them."""
 WHOLE = {
     *("__init__", "__main__", "plugin", "demo", "bench", "bench_loader", "bench_data", "near_duplicate_table"),
+    "removal_curve",
     *("plan", "schedule", "sizing", "expectations", "full_size"),
 }
 """Modules that see all stages."""
