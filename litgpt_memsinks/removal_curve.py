@@ -17,6 +17,7 @@ import matplotlib
 
 matplotlib.use("Agg")  # no display needed
 import matplotlib.pyplot as plt
+import pyarrow as pa
 import torch
 
 from litgpt_memsinks.checkpoint import load_model
@@ -24,12 +25,12 @@ from litgpt_memsinks.errors import MemSinksError
 from litgpt_memsinks.evaluate import score
 from litgpt_memsinks.files import incomplete_path, refuse_to_overwrite, write_json
 from litgpt_memsinks.model import GPT, REMOVED, removed_mask
-from litgpt_memsinks.pool import expected_coverage, masks, union
+from litgpt_memsinks.pool import expected_coverage, least_shared, masks, union, weights_of_sinks
 from litgpt_memsinks.remove import require_sinks
 from litgpt_memsinks.scored import Scored, read_scored
 from litgpt_memsinks.sinks import pack_neurons
 
-Kind = Literal["documents", "random"]
+Kind = Literal["documents", "random", "least_shared"]
 REMOVED_COLOUR, OTHERS_COLOUR = "#d55e00", "#0072b2"  # distinguishable for colour-blind readers
 
 
@@ -38,7 +39,7 @@ class Point:
     """One removal. Losses are means over documents, in nats per token, with each document's own sinks on."""
 
     kind: Kind
-    """Whether the sinks of documents went, or as many at random"""
+    """Whether all sinks of documents went, or as many at random, or those of them that others use least"""
     documents: int
     """Documents that were removed"""
     draw: int
@@ -70,6 +71,7 @@ def removal_curve(
     seed: int = 0,
     block_size: int | None = None,
     limit: int | None = None,
+    max_collateral: float | None = None,
 ) -> list[Point]:
     """Measure what the removal of single documents does to them and to the others, on the repeated documents.
 
@@ -82,6 +84,7 @@ def removal_curve(
         seed: Of the draws.
         block_size: Most tokens of a document that are scored. The model's context length by default.
         limit: At most so many repeated documents. All by default.
+        max_collateral: If given, `remove --choice least_shared` with this limit is measured as well.
 
     Returns:
         A point for each number, draw and kind.
@@ -100,7 +103,7 @@ def removal_curve(
     scored = read_scored(data_path, "repeated", limit)
     _check(documents, draws, len(scored.tokens))
     curve = _Curve(model, scored, min(block_size or model.max_seq_length, model.max_seq_length))
-    points = list(curve.points(documents, draws, torch.Generator().manual_seed(seed)))
+    points = list(curve.points(documents, draws, torch.Generator().manual_seed(seed), max_collateral))
     write_json(out_file, {**_header(checkpoint_dir, data_path, curve, seed), "points": [asdict(p) for p in points]})
     _draw(points, picture, len(scored.tokens))
     print(f"Numbers: {out_file}   Picture: {picture}")
@@ -139,8 +142,13 @@ class _Curve:
                 f"{self.dropped.mean():.3f}: nothing is in the sinks that could be removed. Check --data_path."
             )
 
-    def points(self, numbers: tuple[int, ...], draws: int, generator: torch.Generator) -> Iterator[Point]:
-        """Remove some documents, then as many random sinks, for each number and draw."""
+    def points(
+        self, numbers: tuple[int, ...], draws: int, generator: torch.Generator, most: float | None = None
+    ) -> Iterator[Point]:
+        """Remove some documents, then as many random sinks, for each number and draw; with `most`, then a part of them.
+
+        The part are the sinks that others use least, with `most` as the limit of ``pool.least_shared``.
+        """
         for number in numbers:
             for draw in range(draws):
                 chosen = torch.randperm(len(self.own), generator=generator)[:number]
@@ -156,6 +164,14 @@ class _Curve:
                 )
                 yield point
                 yield self._point("random", chosen, draw, random)
+                if most is not None:
+                    weights = weights_of_sinks(self.config, [self._others(chosen)])
+                    yield self._point("least_shared", chosen, draw, least_shared(gone, weights, most))
+
+    def _others(self, chosen: torch.Tensor) -> pa.Table:
+        stay = torch.ones(len(self.own), dtype=torch.bool)
+        stay[chosen] = False
+        return pa.table({"sequence_id": self.scored.sequence_ids[stay].numpy()})
 
     def _point(self, kind: Kind, chosen: torch.Tensor, draw: int, gone: torch.Tensor) -> Point:
         removed = torch.zeros(len(self.own), dtype=torch.bool)
@@ -221,9 +237,12 @@ def _draw(points: list[Point], path: Path, documents: int) -> None:
         ("documents", "others_rise", "the others", OTHERS_COLOUR, "o-"),
         ("random", "removed_way", "the same documents, random sinks removed instead", REMOVED_COLOUR, "x--"),
         ("random", "others_rise", "the others, random sinks removed instead", OTHERS_COLOUR, "x--"),
+        ("least_shared", "removed_way", "removed documents, least shared sinks only", REMOVED_COLOUR, "^:"),
+        ("least_shared", "others_rise", "the others, least shared sinks only", OTHERS_COLOUR, "^:"),
     )
+    kinds = {point.kind for point in points}
     numbers = sorted({point.documents for point in points})
-    for kind, name, label, colour, style in lines:
+    for kind, name, label, colour, style in (line for line in lines if line[0] in kinds):
         values = [
             [100 * getattr(p, name) for p in points if p.kind == kind and p.documents == number] for number in numbers
         ]

@@ -63,6 +63,16 @@ def test_random_sinks_are_other_ones_in_each_draw(checkpoint: Path, prepared: Pa
     assert len({point.others_own for point in points}) == 3
 
 
+def test_least_shared_sinks_cost_at_most_the_limit(checkpoint: Path, prepared: Path) -> None:
+    model: Any = load_model(checkpoint)
+    points = list(_Curve(model, read_scored(prepared, "repeated"), 48).points((2,), 2, torch.Generator(), 0.1))
+    assert [point.kind for point in points] == ["documents", "random", "least_shared"] * 2
+    for all_of_them, _, some in (points[:3], points[3:]):
+        assert some.others_lose <= 0.1 < all_of_them.others_lose
+        assert 0 < some.sinks < all_of_them.sinks
+        assert some.removed_way < 1
+
+
 def test_bad_input_is_one_line_and_nothing_is_written(checkpoint: Path, prepared: Path, tmp_path: Path) -> None:
     untrained = save(build(SinkArgs(0.25, 0.2)), tmp_path / "untrained")
     for settings, part in (
