@@ -10,12 +10,12 @@ from helpers import read_jsonl
 from litgpt.tokenizer import Tokenizer
 
 from litgpt_memsinks import SinkArgs
+from litgpt_memsinks.__main__ import main
 from litgpt_memsinks.checkpoint import load_model
 from litgpt_memsinks.chosen import choose
 from litgpt_memsinks.errors import MemSinksError
 from litgpt_memsinks.generate import continuation, generate, sinks_of
 from litgpt_memsinks.model import GPT
-from tests.console import memsinks
 from tests.sink_models import MODELS, build, learn, save
 
 SINKS = SinkArgs(0.25, 0.3)
@@ -24,7 +24,7 @@ SINKS = SinkArgs(0.25, 0.3)
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory, prepared: Path) -> Path:
     """A model whose sinks hold the repeated documents."""
-    model = learn(build(SINKS), prepared, steps=150)
+    model = learn(build(SINKS), prepared, steps=90)
     return save(model.eval(), tmp_path_factory.mktemp("checkpoint") / "final", prepared)
 
 
@@ -151,7 +151,8 @@ def test_checkpoints_that_cannot_be_used_are_refused(tmp_path: Path, prepared: P
         generate(repeated_only, "One day", id=str(once["sequence_id"]), data_path=prepared)
 
 
-def test_the_console_script(checkpoint: Path) -> None:
-    found = memsinks("generate", checkpoint, "One day", "--id", 5, "--max_new_tokens", 4)
-    assert "Sinks of the documents with the IDs 5: " in found.stdout
-    assert found.stdout.count("\nOne day") == 2
+def test_the_command_line(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["generate", str(checkpoint), "One day", "--id", "5", "--max_new_tokens", "4"])
+    found = capsys.readouterr().out
+    assert "Sinks of the documents with the IDs 5: " in found
+    assert found.count("\nOne day") == 2

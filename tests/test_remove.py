@@ -1,6 +1,9 @@
 """Removing some documents' sinks: exactly those are zero, they stay so, and what it costs others is counted."""
 
 import dataclasses
+import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,7 +26,7 @@ from litgpt_memsinks.model import GPT, removed_mask
 from litgpt_memsinks.pretrain import check_same_sinks, describe, with_removed
 from litgpt_memsinks.remove import remove
 from litgpt_memsinks.sinks import pack_neurons, unpack_neurons
-from tests.console import TINY_MODEL, memsinks, pretrain_arguments
+from tests.console import REPOSITORY, TINY_MODEL, memsinks, pretrain_arguments
 from tests.sink_models import MODELS, build, save
 
 SINKS = SinkArgs(0.25, 0.2)
@@ -401,6 +404,38 @@ def test_a_failure_while_writing_leaves_nothing(
     with pytest.raises(KeyboardInterrupt):
         remove(checkpoint, tmp_path / "out", prepared, ids=str(repeated[0]), yes=True)
     assert not list(tmp_path.iterdir())
+
+
+SLOW_SAVE = """
+import sys, time
+from pathlib import Path
+from litgpt_memsinks import remove as module
+save = module.torch.save
+def slow_save(content, path):  # the moment in which a kill would hurt most: half the bytes are written
+    save(content, path)
+    with open(path, "rb+") as file:
+        file.truncate(path.stat().st_size // 2)
+    print("half", flush=True)
+    time.sleep(60)
+module.torch.save = slow_save
+module.remove(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), ids=sys.argv[4], yes=True)
+"""
+
+
+@pytest.mark.long
+def test_kill_9_leaves_nothing_that_looks_finished(
+    checkpoint: Path, tmp_path: Path, prepared: Path, repeated: list[int]
+) -> None:
+    command = [sys.executable, "-c", SLOW_SAVE, checkpoint, tmp_path / "out", prepared, str(repeated[0])]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        while process.stdout.readline() != "half\n":
+            assert process.poll() is None
+        process.send_signal(signal.SIGKILL)
+    assert not (tmp_path / "out").exists()
+    remove(checkpoint, tmp_path / "out", prepared, ids=str(repeated[0]), yes=True)  # clears what was left
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_torn_checkpoint_is_refused(checkpoint: Path, tmp_path: Path, prepared: Path, repeated: list[int]) -> None:
