@@ -64,6 +64,8 @@ COMMANDS = {
     "lookup": Command("lookup", "lookup", positional=True),
     "plan": Command("plan", "plan", settings_of=("litgpt.pretrain", "setup")),
     "drop_sinks": Command("drop_sinks", "drop_sinks", positional=True),
+    "remove": Command("remove", "remove", positional=True),
+    "generate": Command("generate", "generate", positional=True),
     "export_hf": Command("export_hf", "export_hf", positional=True),
     "certify": Command("certificate", "certify", positional=True),
     "verify_removal": Command("verify_removal", "verify_removal", positional=True),
@@ -73,6 +75,7 @@ COMMANDS = {
     "bench_data": Command("bench_data", "bench_data"),
     "full_size": Command("full_size", "full_size"),
     "release_size": Command("release_size", "release_size"),
+    "removal_curve": Command("removal_curve", "removal_curve"),
     "theory": Command("theory", "theory"),
 }
 

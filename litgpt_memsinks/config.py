@@ -13,7 +13,7 @@ from litgpt.config import Config as BaseConfig
 from litgpt.config import name_to_config
 
 from litgpt_memsinks.errors import MemSinksError
-from litgpt_memsinks.sinks import MASK_VERSION
+from litgpt_memsinks.sinks import MASK_VERSION, unpack_neurons
 
 SinksFor = Literal["all", "repeated"]
 Scale = Literal["none", "inverse"]
@@ -191,6 +191,10 @@ class MemSinksConfig(BaseConfig):
     """See ``SinkArgs.scale``"""
     sink_mask_version: int = MASK_VERSION
     """Version of the mask function that the weights were trained with"""
+    sink_removed: str = ""
+    """Sinks that `remove` has zeroed and that no document switches on again: hexadecimal, see ``sinks.pack_neurons``"""
+    sink_removed_documents: int = 0
+    """Documents whose sinks were removed; their number"""
 
     def __post_init__(self) -> None:
         _refuse_unsupported(self)
@@ -213,6 +217,23 @@ class MemSinksConfig(BaseConfig):
             scale=self.sink_scale,
             mask_version=self.sink_mask_version,
         ).check()
+        self._check_removed()
+
+    def _check_removed(self) -> None:
+        """Refuse a record of removed sinks that is not of this model."""
+        try:
+            unpack_neurons(self.sink_removed, self.n_sink)
+        except (TypeError, ValueError) as error:
+            raise MemSinksError(
+                f"sink_removed does not say which of the {self.n_sink} sinks are removed ({error}). Take the "
+                "checkpoint's model_config.yaml again."
+            ) from error
+        count = self.sink_removed_documents
+        if not isinstance(count, int) or count < 0 or bool(count) != bool(self.sink_removed):
+            raise MemSinksError(
+                f"sink_removed_documents is {count!r}, but it must be the number of documents whose sinks sink_removed "
+                "lists. Take the checkpoint's model_config.yaml again."
+            )
 
     @classmethod
     def from_name(cls, name: str, sinks: SinkArgs | None = None, **kwargs: Any) -> "MemSinksConfig":

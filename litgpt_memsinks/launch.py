@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader
 from litgpt_memsinks.config import LaunchArgs
 from litgpt_memsinks.data import MemSinksData
 from litgpt_memsinks.errors import MemSinksError
-from litgpt_memsinks.model import GPT, MARKER
+from litgpt_memsinks.model import GPT, MARKER, REMOVED, check_removed
 from litgpt_memsinks.run import Run
 
 
@@ -153,6 +153,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
             return super().load_checkpoint(path, state, *args, **kwargs)
         weights = torch.load(path, mmap=True, map_location="cpu", weights_only=True)
         weights.setdefault(MARKER, torch.tensor(state.config.n_shared))
+        check_removed(state.config, weights.get(REMOVED))  # a key that the model lacks would be passed over
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
         set_model_state_dict(state, weights, options=options)
         return {}

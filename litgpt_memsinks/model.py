@@ -25,10 +25,17 @@ from litgpt.model import batched_index_select, do_softcapping
 
 from litgpt_memsinks.config import MemSinksConfig
 from litgpt_memsinks.errors import MemSinksError
-from litgpt_memsinks.sinks import only_repeated, sink_mask
+from litgpt_memsinks.sinks import only_repeated, sink_mask, unpack_neurons
 
 MARKER = "n_shared"
 """Name of the buffer that tells a checkpoint with sinks from a plain one: a plain GPT's strict load refuses it."""
+REMOVED = "sink_removed"
+"""Name of the buffer that travels with weights of which some sinks were removed: uint8 ``(n_sink,)``, 1 if removed."""
+
+
+def removed_mask(config: MemSinksConfig) -> torch.Tensor:
+    """Which sinks were removed from a model, bool ``(n_sink,)``. They are zero, and never on."""
+    return unpack_neurons(config.sink_removed, config.n_sink)
 
 
 class GPT(BaseGPT):
@@ -40,6 +47,9 @@ class GPT(BaseGPT):
         self.transformer.h = nn.ModuleList()  # frees the base class's blocks before ours are made
         self.transformer.h = nn.ModuleList(Block(config, block_idx) for block_idx in range(config.n_layer))
         self.register_buffer(MARKER, torch.tensor(config.n_shared), persistent=True)
+        if config.sink_removed:
+            removed = torch.empty(config.n_sink, dtype=torch.uint8)  # on the meta device, if that is where we are
+            self.register_buffer(REMOVED, removed.copy_(removed_mask(config)), persistent=True)
 
     @classmethod
     def from_name(cls, name: str, **kwargs: Any) -> "GPT":
@@ -53,6 +63,7 @@ class GPT(BaseGPT):
         input_pos_maxp1: int | None = None,
         lm_head_chunk_size: int = 0,
         sequence_ids: torch.Tensor | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor | list[torch.Tensor]:
         """Compute logits with some, or no, sinks switched on.
 
@@ -65,6 +76,8 @@ class GPT(BaseGPT):
             lm_head_chunk_size: See ``litgpt.GPT.forward``.
             sequence_ids: Integer IDs whose sinks are switched on in any mode, with and without the KV cache; of shape
                 ``(B, T)``, or ``(B,)`` for one document per row. Overrides the IDs in ``idx``.
+            sinks: The sinks that are on, bool of shape ``(B or 1, T or 1, n_sink)``, such as those of several documents
+                at once. Overrides all IDs. Removed ones stay off.
 
         Returns:
             Logits ``(B, T, padded_vocab_size)``, or a list of chunks, see ``litgpt.GPT.forward``.
@@ -76,11 +89,15 @@ class GPT(BaseGPT):
             if sequence_ids is None and self.training:
                 sequence_ids = idx[..., 1]
             idx = idx[..., 0]
-        if self.training and sequence_ids is None and self.config.n_sink:
+        if self.training and sequence_ids is None and sinks is None and self.config.n_sink:
             sequence_ids = self._fake_ids(idx)
-        if sequence_ids is None or not self.config.n_sink:
+        if sinks is not None:
+            sinks = self._not_removed(sinks)
+        elif sequence_ids is not None:
+            sinks = self.sinks(sequence_ids)
+        if sinks is None or not self.config.n_sink:
             return super().forward(idx, input_pos, input_pos_maxp1, lm_head_chunk_size)
-        return self._forward_with_sinks(idx, self.sinks(sequence_ids), input_pos, input_pos_maxp1, lm_head_chunk_size)
+        return self._forward_with_sinks(idx, sinks, input_pos, input_pos_maxp1, lm_head_chunk_size)
 
     def sinks(self, sequence_ids: torch.Tensor) -> torch.Tensor:
         """The mask of the sinks that are on under this model's configuration.
@@ -96,7 +113,12 @@ class GPT(BaseGPT):
         config = self.config
         if config.sink_sinks_for == "repeated":
             sequence_ids = only_repeated(sequence_ids)
-        return sink_mask(sequence_ids, config.n_sink, config.sink_active_probability, config.sink_seed)
+        on = sink_mask(sequence_ids, config.n_sink, config.sink_active_probability, config.sink_seed)
+        return self._not_removed(on)
+
+    def _not_removed(self, sinks: torch.Tensor) -> torch.Tensor:
+        """The same without removed sinks."""
+        return sinks & (getattr(self, REMOVED) == 0) if self.config.sink_removed else sinks
 
     def _fake_ids(self, idx: torch.Tensor) -> torch.Tensor:
         """IDs for LitGPT's FLOP count, which runs the model on the meta device with tokens only."""
@@ -167,9 +189,11 @@ class GPT(BaseGPT):
         return cos, sin, mask, input_pos_maxp1
 
     def reset_parameters(self) -> None:
-        """Recompute what initialisation on the meta device leaves undefined: the rotary cache and the marker."""
+        """Recompute what initialisation on the meta device leaves undefined: the rotary cache and the markers."""
         super().reset_parameters()
         getattr(self, MARKER).fill_(self.config.n_shared)
+        if self.config.sink_removed:
+            getattr(self, REMOVED).copy_(removed_mask(self.config))
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
         """Accept plain weights, which have no marker, and refuse those of a model with another number of sinks."""
@@ -180,7 +204,26 @@ class GPT(BaseGPT):
                 f"The checkpoint has {n_shared} shared neurons in each MLP, but this model {self.config.n_shared}. "
                 "Use the shared_fraction that the checkpoint was trained with."
             )
+        check_removed(self.config, state_dict.get(f"{prefix}{REMOVED}"))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def check_removed(config: MemSinksConfig, removed: torch.Tensor | None) -> None:
+    """Refuse weights whose removed sinks are not those of the configuration: what was removed would come back.
+
+    Args:
+        config: Of the model.
+        removed: The weights' buffer ``REMOVED``, if they have one.
+
+    Raises:
+        MemSinksError: If they differ.
+    """
+    theirs = torch.zeros(config.n_sink, device="cpu") if removed is None else removed.cpu()
+    if theirs.shape != (config.n_sink,) or not torch.equal(theirs != 0, removed_mask(config)):
+        raise MemSinksError(
+            f"The weights have {int((theirs != 0).sum())} removed sinks, but the model's configuration "
+            f"{int(removed_mask(config).sum())}, or others. Use the weights and model_config.yaml of one checkpoint."
+        )
 
 
 class Block(BaseBlock):

@@ -9,6 +9,7 @@ own ``main`` with some of the names it uses swapped while it runs; any other run
 import shutil
 import sys
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
 from functools import partial, wraps
 from importlib.metadata import version
 from pathlib import Path
@@ -31,7 +32,7 @@ from litgpt_memsinks.config import SINK_DEFAULTS, MemSinksConfig
 from litgpt_memsinks.data import MemSinksData
 from litgpt_memsinks.errors import MemSinksError
 from litgpt_memsinks.launch import LIGHTNING, check_batches, check_launched, initialize_weights, together
-from litgpt_memsinks.model import GPT
+from litgpt_memsinks.model import GPT, removed_mask
 from litgpt_memsinks.preemption import StoppableIterator, listening
 from litgpt_memsinks.resuming import check_same_run
 from litgpt_memsinks.resuming import find as find_checkpoint
@@ -43,6 +44,10 @@ NO_COMPILER = (
     "No C++ compiler was found (install g++, or set CXX): torch.compile is skipped and training runs eagerly, which is "
     "slower."
 )
+
+
+RECORD = ("sink_removed", "sink_removed_documents")
+"""Fields of the configuration that no setting gives: what `remove` did to the checkpoint that a run begins with."""
 
 
 def pair_cross_entropy(
@@ -108,6 +113,7 @@ def _main_with_sinks(
                     "Give one: a checkpoint of this run, or one that it begins with."
                 )
             check_same_sinks(sink_config, initial_checkpoint_dir)
+            sink_config = with_removed(sink_config, initial_checkpoint_dir)
     fabric.print(describe(sink_config))
     run = Run(
         fabric,
@@ -124,6 +130,7 @@ def _main_with_sinks(
     with together(fabric):
         if checkpoint := find_checkpoint(run, resume):
             check_same_sinks(sink_config, checkpoint.parent)
+            run.config = sink_config = with_removed(sink_config, checkpoint.parent)
             data.same_content = check_same_run(run, checkpoint.parent)
     with ExitStack() as stack:
         stack.enter_context(compilation(fabric))
@@ -182,6 +189,7 @@ def describe(config: MemSinksConfig) -> str:
         f"MemSinks: {config.n_shared} of {size} neurons of each MLP are shared (g = {config.n_shared / size:.3f}), "
         f"{config.n_sink} are sinks, each on for a document with p = {config.sink_active_probability:g} "
         f"({config.sink_sinks_for} documents, scale {config.sink_scale})."
+        + (f" {int(removed_mask(config).sum())} of them were removed and stay off." if config.sink_removed else "")
     )
 
 
@@ -193,18 +201,32 @@ def check_same_sinks(config: MemSinksConfig, checkpoint_dir: Path) -> None:
     Raises:
         MemSinksError: Naming the setting and both values.
     """
-    path = checkpoint_dir / "model_config.yaml"
-    if not path.is_file():
-        return  # LitGPT writes it after the weights: a run killed in between says nothing about its sinks
-    saved = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(saved, dict) or "sink_n_shared" not in saved:
-        return
+    saved = _saved_sinks(checkpoint_dir)
     for name, value in vars(config).items():
-        if name.startswith("sink_") and saved.get(name) != value:
+        if saved and name.startswith("sink_") and name not in RECORD and saved.get(name) != value:
             raise MemSinksError(
                 f"{str(checkpoint_dir)!r} was trained with {name} = {saved.get(name)}, but this run has {value}. "
                 "Go on with the same data.sinks, or start anew in another out_dir."
             )
+
+
+def with_removed(config: MemSinksConfig, checkpoint_dir: Path) -> MemSinksConfig:
+    """The same configuration with the checkpoint's record of removed sinks: they stay off in what is trained from it.
+
+    Raises:
+        MemSinksError: If the record is not of such a model.
+    """
+    saved = _saved_sinks(checkpoint_dir)
+    return replace(config, **{name: saved[name] for name in RECORD if name in saved})
+
+
+def _saved_sinks(checkpoint_dir: Path) -> dict[str, Any]:
+    """The configuration of a checkpoint with sinks, else nothing."""
+    path = checkpoint_dir / "model_config.yaml"
+    if not path.is_file():
+        return {}  # LitGPT writes it after the weights: a run killed in between says nothing about its sinks
+    saved = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return saved if isinstance(saved, dict) and "sink_n_shared" in saved else {}
 
 
 def compilation(fabric: L.Fabric) -> AbstractContextManager:

@@ -12,6 +12,7 @@ document occurs more than once in the stream (`document_ids.py`). ID 0 means "no
 Checkpoints depend on these bits for ever. They may only change together with ``MASK_VERSION``.
 """
 
+import numpy as np
 import torch
 
 MASK_VERSION = 1
@@ -58,6 +59,31 @@ def only_repeated(sequence_ids: torch.Tensor) -> torch.Tensor:
     """IDs with those of documents that occur once replaced by 0, which has no sinks. int32, same shape."""
     sequence_ids = sequence_ids.to(torch.int32)
     return torch.where(sequence_ids < 0, sequence_ids, 0)
+
+
+def pack_neurons(neurons: torch.Tensor) -> str:
+    """A set of sinks as text, as a model's configuration stores it.
+
+    Args:
+        neurons: bool ``(n_sink,)``.
+
+    Returns:
+        Hexadecimal: the sinks 0 to 7 are the bits of the first byte, the lowest first. Empty if there are none.
+    """
+    return np.packbits(neurons.cpu().numpy(), bitorder="little").tobytes().hex() if neurons.any() else ""
+
+
+def unpack_neurons(text: str, n_sink: int) -> torch.Tensor:
+    """What ``pack_neurons`` packed, bool ``(n_sink,)`` on the CPU.
+
+    Raises:
+        ValueError: If the text is not of so many sinks.
+    """
+    packed = np.frombuffer(bytes.fromhex(text), dtype=np.uint8)
+    bits = np.unpackbits(packed, bitorder="little").astype(np.bool_)
+    if text and (len(packed) != -(-n_sink // 8) or bits[n_sink:].any()):
+        raise ValueError(f"{len(text)} hexadecimal digits are not of {n_sink} sinks")
+    return torch.from_numpy(bits[:n_sink] if text else np.zeros(n_sink, dtype=np.bool_))
 
 
 def sink_mask(sequence_ids: torch.Tensor, n_sink: int, active_probability: float, seed: int = 0) -> torch.Tensor:

@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from litgpt.args import EvalArgs, LogArgs, TrainArgs
+from litgpt.config import Config
 from litgpt.pretrain import setup
 
 from litgpt_memsinks import MemSinksData
@@ -128,6 +129,7 @@ def unknown(recipe: dict[str, Any], owners: dict[str, set[str]]) -> set[str]:
 LITGPTS = {"train": TrainArgs, "eval": EvalArgs, "log": LogArgs}
 TRAINING_OWNERS = {
     "": set(inspect.signature(setup).parameters),
+    "model_config": {field.name for field in fields(Config)},
     **{name: {field.name for field in fields(kind)} for name, kind in LITGPTS.items()},
     "optimizer": {"class_path", "init_args"},
     "optimizer.init_args": set(inspect.signature(torch.optim.AdamW).parameters),
