@@ -15,6 +15,8 @@ from matplotlib.axes import Axes
 from litgpt_memsinks.errors import MemSinksError
 from litgpt_memsinks.files import incomplete_path, refuse_to_overwrite
 
+FORMAT = 2
+"""Of the result files that are read, see ``results.py``."""
 DROPPED, OWN = "#0072b2", "#d55e00"  # distinguishable for colour-blind readers
 
 
@@ -31,10 +33,12 @@ def report(results: Path, out_file: Path = Path("report.png")) -> None:
     refuse_to_overwrite(out_file)
     content = read_results(results)
     figure, (curves, bars, frontier) = plt.subplots(1, 3, figsize=(16, 5), layout="constrained")
-    draw_curves(curves, content["seeds"][0])
+    draw_curves(curves, {model["arm"]: model for model in reversed(content["models"])})  # of the first seed
     draw_losses(bars, content["comparison"])
     draw_frontier(frontier, content["comparison"])
-    figure.suptitle(f"Memorization sinks, {len(content['seeds'])} seed(s), sinks dropped unless said")
+    figure.suptitle(
+        f"Memorization sinks, {len(content['comparison'][0]['validation'])} seed(s), sinks dropped unless said"
+    )
     out_file.parent.mkdir(parents=True, exist_ok=True)
     scratch = incomplete_path(out_file)
     figure.savefig(scratch, dpi=110, format="png")
@@ -51,7 +55,7 @@ def read_results(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if content["seeds"] and content["comparison"]:
+        if content["format"] == FORMAT and content["models"] and content["comparison"]:
             return content
     except FileNotFoundError as error:
         raise MemSinksError(
