@@ -28,6 +28,7 @@ from rich.progress import track
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
+from litgpt_memsinks.bench_evaluate import bench_evaluate
 from litgpt_memsinks.bench_loader import bench_loader
 from litgpt_memsinks.config import MemSinksConfig, SinkArgs
 from litgpt_memsinks.errors import MemSinksError
@@ -152,9 +153,10 @@ def bench(
     micro_batch_size: int | None = None,
     shared_fractions: list[float] | None = None,
     loader: bool = True,
+    evaluation: bool = True,
     out_file: Path | None = None,
 ) -> None:
-    """Time training steps and data loading with sinks against stock LitGPT, side by side.
+    """Time training steps, data loading and evaluation against stock LitGPT, side by side.
 
     Args:
         rounds: How often each contender takes its turn.
@@ -165,6 +167,7 @@ def bench(
         shared_fractions: g of the models with sinks; 0.5, 0.7 and 0.95 by default. All contenders are in memory at
             once, so name one for a large model.
         loader: Whether to measure the loader too.
+        evaluation: Whether to measure evaluation too, on a CPU.
         out_file: JSON file for the figures. Must not exist.
 
     Raises:
@@ -189,8 +192,10 @@ def bench(
     if device == "cuda":
         print(f"Masks on the GPU are bit for bit those on the CPU: {masks_agree()}")
     loading = bench_loader() if loader else []
+    evaluating = bench_evaluate(small_config()) if evaluation and device == "cpu" else []
     if out_file is not None:
-        write_json(out_file, _where(settings) | {"steps": list(map(asdict, measurements)), "loader": loading})
+        steps = list(map(asdict, measurements))
+        write_json(out_file, _where(settings) | {"steps": steps, "loader": loading, "evaluation": evaluating})
 
 
 def _settings(

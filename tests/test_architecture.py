@@ -67,7 +67,17 @@ SHARED = {
 TOOLS = {"document_table", "document_walk", "inspect_data", "lookup", "verify"}
 """Modules that look at a prepared folder: what `prepare` wrote, before any model."""
 WHOLE = {
-    *("__init__", "__main__", "plugin", "demo", "bench", "bench_loader", "bench_data", "near_duplicate_table"),
+    *(
+        "__init__",
+        "__main__",
+        "plugin",
+        "demo",
+        "bench",
+        "bench_loader",
+        "bench_evaluate",
+        "bench_data",
+        "near_duplicate_table",
+    ),
     *("plan", "schedule", "sizing", "expectations", "full_size"),
 }
 """Modules that see all stages."""

@@ -2,6 +2,10 @@
 
 import copy
 import json
+import os
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -14,6 +18,7 @@ from litgpt_memsinks.scored import Scored
 from litgpt_memsinks.subject import ask_files, ask_prepared
 from litgpt_memsinks.verdict import Thresholds
 from tests import trained
+from tests.console import REPOSITORY, memsinks
 
 QUICK = {"bootstrap": 50, "relearn_documents": [2], "relearn_steps": 5}
 
@@ -122,3 +127,27 @@ def test_thresholds_decide(arms, prepared, tmp_path):
 def test_without_references_there_is_no_verdict(arms, prepared, capsys):
     evaluate(arms["memsinks"], prepared, parts="losses", bootstrap=0)
     assert "No verdict: give --standard and --left_out" in capsys.readouterr().out
+
+
+@pytest.mark.long
+def test_killed_evaluation_goes_on(arms, prepared, tmp_path):
+    """`kill -9` of the real command as soon as a part is finished; the second run does not redo it."""
+    expected, again = tmp_path / "expected.json", tmp_path / "again.json"
+    command = [sys.executable, "-m", "litgpt_memsinks", "evaluate", f"--data_path={prepared}"]
+    command += [f"--checkpoint_dir={arms['memsinks']}", f"--standard={arms['standard']}", "--bootstrap=20"]
+    memsinks(*command[3:], f"--out_file={expected}")
+    kept = tmp_path / ".again.json.parts"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    with subprocess.Popen([*command, f"--out_file={again}"], env=environment, stdout=subprocess.DEVNULL) as process:
+        while not list(kept.glob("*.json")):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.kill()
+    assert not again.exists()
+    finished = {path: path.stat().st_mtime_ns for path in kept.glob("*.json")}
+    memsinks(*command[3:], f"--out_file={again}", "--parts=losses")  # of fewer parts: those kept are read
+    assert finished
+    assert not kept.exists()
+    found = [json.loads(path.read_text())["models"] for path in (expected, again)]
+    for whole, part in zip(*found, strict=True):
+        assert part["parts"]["losses"] == whole["parts"]["losses"]
