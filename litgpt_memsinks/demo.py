@@ -3,9 +3,7 @@
 Not a stage: it only calls the stages' commands, and the stock `litgpt` console script for the training runs.
 """
 
-import contextlib
 import hashlib
-import io
 import json
 import os
 import random
@@ -393,5 +391,4 @@ def evaluate_arms(out_dir: Path, seed: int, asked: Asked, plan: Plan) -> Seed:
     roles: dict[str, Role] = {"standard": "standard", "left_out": "left_out"}
     subjects = [Subject.at(arm, run_dir(out_dir, arm, seed) / "final", roles.get(arm)) for arm in ARMS]
     # the arm with 100% ID noise has no IDs that could fit it: that is what it is for
-    with contextlib.redirect_stderr(io.StringIO()):
-        return measure_arms(subjects, asked, plan, "cpu", Kept(out_dir / "measured"), allow_wrong_map=True)
+    return measure_arms(subjects, asked, plan, "cpu", Kept(out_dir / "measured"), allow_wrong_map=True)

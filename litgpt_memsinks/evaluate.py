@@ -126,6 +126,8 @@ def evaluate(
     subjects = _subjects(checkpoint_dir, standard, left_out, models or [])
     kept = Kept(None if out_file is None else out_file.with_name(f".{out_file.name}.parts"))
     arms = measure_arms(subjects, asked, plan, device, kept, allow_wrong_map)
+    for measured in arms.values():
+        _warn(measured)
     if curve is not None:
         arms[EVALUATED].curve = measure_curve(curve, asked, plan, device, kept)
     content = results_content([arms], asked, plan, limit, boot, thresholds or Thresholds(), EVALUATED)
@@ -212,7 +214,7 @@ def measure_arms(
     """Measure the models of one seed one after another, with a progress bar on stderr.
 
     Raises:
-        MemSinksError: See ``battery.measure``.
+        MemSinksError: See ``battery.measure``; or if the models' contexts hold different parts of the documents.
     """
     costs = {
         subject.arm: sum(cost(unit, asked, plan, subject.kind == "memsinks") for unit in units(plan))
@@ -222,8 +224,23 @@ def measure_arms(
     with _progress(sum(costs.values())) as advance:
         for subject in subjects:
             arms[subject.arm] = measure(subject, asked, plan, device, kept, allow_wrong_map, advance)
-            _warn(arms[subject.arm])
+    _check_same_targets(arms)
     return arms
+
+
+def _check_same_targets(arms: Seed) -> None:
+    """Refuse to compare models that were asked for different tokens, because their contexts differ."""
+    counts = {
+        arm: [count for split in measured.found["losses"].values() for count in split["dropped"]["counts"]]
+        for arm, measured in arms.items()
+    }
+    longest = {arm: max(numbers) for arm, numbers in counts.items()}
+    if len({tuple(numbers) for numbers in counts.values()}) > 1:
+        shown = ", ".join(f"{arm} {length}" for arm, length in longest.items())
+        raise MemSinksError(
+            f"The models' contexts hold different parts of the documents (targets of the longest: {shown}), so their "
+            f"losses cannot be compared. Set --block_size {min(longest.values())}."
+        )
 
 
 def _warn(measured: Measured) -> None:

@@ -127,7 +127,9 @@ def scores(
         "min_k_plus_plus": np.array(statistics["min_k_plus_plus"]),
     }
     if reference is not None:
-        found["reference"] = (np.array(reference["nats"]) - nats) / counts
+        expected = np.array(reference["counts"], dtype=float)
+        expected[expected == 0] = math.nan
+        found["reference"] = np.array(reference["nats"]) / expected - nats / counts
     return {attack: found[attack] for attack in ATTACKS if attack in found}
 
 

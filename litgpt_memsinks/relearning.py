@@ -32,9 +32,12 @@ def first(documents: Scored, start: int, stop: int) -> Scored:
 
 
 def trainable_copy(model: BaseGPT) -> BaseGPT:
-    """A copy to train, in eval mode: sinks stay dropped. Tied embeddings are one parameter again."""
+    """A float32 copy to train, in eval mode: sinks stay dropped. Tied embeddings are one parameter again.
+
+    In bfloat16 steps this small would be lost to rounding.
+    """
     tied = model.lm_head.weight.data_ptr() == model.transformer.wte.weight.data_ptr()
-    trained = copy.deepcopy(model)
+    trained = copy.deepcopy(model).float()
     if tied:
         trained.lm_head.weight = trained.transformer.wte.weight
     return trained.requires_grad_(True).eval()

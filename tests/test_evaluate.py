@@ -189,6 +189,18 @@ def test_what_is_finished_outlives_a_kill(prepared, tmp_path, monkeypatch):
     assert not kept.exists()
 
 
+def test_models_with_other_contexts_are_not_compared(prepared, tmp_path):
+    torch.manual_seed(0)
+    short = BaseGPT(Config(**{**TINY_MODEL, "block_size": 40}))
+    folders = {
+        "standard": checkpoint(tmp_path / "short", short),
+        "checkpoint_dir": checkpoint(tmp_path / "a", plain_model()),
+    }
+    with pytest.raises(MemSinksError, match="standard 40, evaluated 64.*Set --block_size 40"):
+        evaluate(**folders, data_path=prepared, parts="losses")
+    evaluate(**folders, data_path=prepared, parts="losses", block_size=40, bootstrap=0)
+
+
 @pytest.mark.parametrize("changed", [{"block_size": 16}, {"limit": 3}, {"seed": 1}])
 def test_other_settings_are_measured_anew(changed, prepared, tmp_path):
     subject = Subject.at("a", checkpoint(tmp_path / "a", plain_model()))
