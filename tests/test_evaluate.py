@@ -196,7 +196,7 @@ def test_models_with_other_contexts_are_not_compared(prepared, tmp_path):
         "standard": checkpoint(tmp_path / "short", short),
         "checkpoint_dir": checkpoint(tmp_path / "a", plain_model()),
     }
-    with pytest.raises(MemSinksError, match="standard 40, evaluated 64.*Set --block_size 40"):
+    with pytest.raises(MemSinksError, match=r"standard 40, evaluated 64.*Set --block_size 40"):
         evaluate(**folders, data_path=prepared, parts="losses")
     evaluate(**folders, data_path=prepared, parts="losses", block_size=40, bootstrap=0)
 
