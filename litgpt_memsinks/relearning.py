@@ -23,7 +23,7 @@ from litgpt_memsinks.scored import Scored, pad
 LEARNING_RATE, ROWS, EVERY = 5e-5, 16, 5  # AdamW's; documents in a step at most; steps between two measurements
 MEASURED = 64
 """Documents of each kind that relearning and calibration look at, at most: they cost many passes over each."""
-_BIAS_STEPS, _BIAS_TARGETS, _BIAS_RATE = 100, 1024, 0.01
+_BIAS_STEPS, _BIAS_TARGETS, _BIAS_RATE = 100, 512, 0.01
 
 
 def first(documents: Scored, start: int, stop: int) -> Scored:
@@ -130,7 +130,7 @@ def _halves(number: int) -> list[tuple[int, int]]:
 def train_bias(model: BaseGPT, documents: Scored, block_size: int) -> torch.Tensor:
     """A bias of the output layer that lowers the loss on documents, ``(padded_vocab_size,)``; all else stays.
 
-    Adam, learning rate 0.01, 100 steps over 1,024 targets each.
+    Adam, learning rate 0.01, 100 steps over 512 targets each.
     """
     hidden, targets = _hidden(model, documents, block_size)
     bias = torch.zeros(model.lm_head.out_features, device=hidden.device, requires_grad=True)

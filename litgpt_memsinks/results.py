@@ -22,7 +22,14 @@ from litgpt_memsinks.bootstrap import Bootstrap
 from litgpt_memsinks.extraction import METRICS
 from litgpt_memsinks.files import write_json, write_text
 from litgpt_memsinks.membership import attack_row, compressed_size, scores
-from litgpt_memsinks.metrics import gap_closed, relative_change
+from litgpt_memsinks.metrics import (
+    degradation,
+    gap_closed,
+    memorisation_gap,
+    memorisation_gap_closed,
+    relative_change,
+    sequence_forgetting,
+)
 from litgpt_memsinks.subject import Asked
 
 FORMAT = 2
@@ -232,7 +239,10 @@ class Row:
 
     Losses in nats per token. ``validation_change`` is relative to the standard arm of the same seed.
     ``repeated_ratio`` is the paper's figure: the loss on repeated documents over that of a model that never saw them
-    (Fig. 4b: about 0.66). ``extraction`` is the share of documents extracted word for word by the first kind of prompt.
+    (Fig. 4b: about 0.66). ``forgetting`` and ``degradation`` are against the standard arm, the paper's reference for
+    sinks (Fig. 4). ``memorisation_gap`` is L_val - L_rep, ``memorisation_gap_closed`` how much smaller it is than the
+    standard arm's (Fig. 6). ``extraction`` is the share of documents extracted word for word by the first kind of
+    prompt.
     """
 
     arm: str
@@ -243,6 +253,10 @@ class Row:
     own: list[float]
     placebo: list[float]
     gap_closed: list[float]
+    forgetting: list[float]
+    degradation: list[float]
+    memorisation_gap: list[float]
+    memorisation_gap_closed: list[float]
     extraction: list[float]
     own_extraction: list[float]
 
@@ -259,6 +273,10 @@ def compare(seeds: list[Seed]) -> list[Row]:
             own=[_loss(seed[arm], "repeated", "own") for seed in seeds],
             placebo=[_loss(seed[arm], "repeated", "placebo") for seed in seeds],
             gap_closed=[gap(seed, arm) for seed in seeds],
+            forgetting=[_forgetting(seed, arm) for seed in seeds],
+            degradation=[_degradation(seed, arm) for seed in seeds],
+            memorisation_gap=[_gap(seed[arm]) for seed in seeds],
+            memorisation_gap_closed=[_gap_closed(seed, arm) for seed in seeds],
             extraction=[extracted(seed[arm], "dropped") for seed in seeds],
             own_extraction=[extracted(seed[arm], "own") for seed in seeds],
         )
@@ -306,6 +324,29 @@ def _ratio(seed: Seed, arm: str, drawn: Any = slice(None)) -> float:
     if left_out is None:
         return math.nan
     return _loss(seed[arm], "repeated", drawn=drawn) / _loss(left_out, "repeated", drawn=drawn)
+
+
+def _forgetting(seed: Seed, arm: str) -> float:
+    standard = role(seed, "standard")
+    if standard is None:
+        return math.nan
+    return sequence_forgetting(_loss(seed[arm], "repeated"), _loss(standard, "repeated"))
+
+
+def _degradation(seed: Seed, arm: str) -> float:
+    standard = role(seed, "standard")
+    if standard is None:
+        return math.nan
+    return degradation(_loss(standard, "validation"), _loss(seed[arm], "validation"))
+
+
+def _gap(measured: Measured) -> float:
+    return memorisation_gap(_loss(measured, "validation"), _loss(measured, "repeated"))
+
+
+def _gap_closed(seed: Seed, arm: str) -> float:
+    standard = role(seed, "standard")
+    return math.nan if standard is None else memorisation_gap_closed(_gap(seed[arm]), _gap(standard))
 
 
 def attempt(measured: Measured, state: str, prompt: str = "own") -> dict[str, Any] | None:

@@ -253,11 +253,15 @@ def test_compare_by_hand():
     assert rows["ours"].validation_change == pytest.approx([-0.05, -0.05])
     assert rows["ours"].repeated_ratio == pytest.approx([0.8, 0.8])
     assert rows["ours"].own == pytest.approx([0.4, 0.4])
+    assert rows["ours"].forgetting == pytest.approx([1.5, 1.5])  # 2.0 - .5
+    assert rows["ours"].degradation == pytest.approx([0.1, 0.1])  # 2.0 - 1.9: better
+    assert rows["ours"].memorisation_gap == pytest.approx([-0.1, -0.1])  # 1.9 - 2.0
+    assert rows["ours"].memorisation_gap_closed == pytest.approx([1 + 0.1 / 1.5] * 2)  # standard's gap: 2.0 - .5
     assert math.isnan(rows["ours"].extraction[0])
     assert rows["standard"].gap_closed == [0.0, 0.0]
     assert math.isnan(rows["standard"].own[0])
     alone = compare([{"ours": SEED["ours"]}])[0]
-    assert math.isnan(alone.gap_closed[0])
+    assert all(math.isnan(value[0]) for value in (alone.gap_closed, alone.forgetting, alone.degradation))
 
 
 def test_deviation():
