@@ -6,17 +6,19 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from litgpt_memsinks.__main__ import main
+from litgpt_memsinks.battery import Measured
 from litgpt_memsinks.checkpoint import load_model
 from litgpt_memsinks.drop_sinks import drop_sinks
 from litgpt_memsinks.evaluate import evaluate
 from litgpt_memsinks.scored import Scored
-from litgpt_memsinks.subject import ask_files, ask_prepared
-from litgpt_memsinks.verdict import Thresholds
+from litgpt_memsinks.subject import Subject, ask_files, ask_prepared
+from litgpt_memsinks.verdict import Thresholds, verdict
 from tests import trained
 from tests.console import REPOSITORY, memsinks
 
@@ -87,6 +89,7 @@ def test_documents_taught_again_are_found(arms, prepared, tmp_path):
     assert content["verdict"]["pass"] is False
     assert checks["gap_closed"]["pass"] is False
     assert checks["membership"]["pass"] is False
+    assert checks["extraction"]["value"] > 0.5
     assert checks["gate"]["pass"] is None
 
 
@@ -127,6 +130,94 @@ def test_thresholds_decide(arms, prepared, tmp_path):
 def test_without_references_there_is_no_verdict(arms, prepared, capsys):
     evaluate(arms["memsinks"], prepared, parts="losses", bootstrap=0)
     assert "No verdict: give --standard and --left_out" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------- each check by hand
+
+
+def told(nats):
+    return {"nats": [10 * nats, 10 * nats], "counts": [10, 10]}
+
+
+def made(
+    arm, repeated, role=None, validation=2.0, extracted=0.0, members=(2.0, 2.0), falls=0.1, sha256=None, gate=None
+):
+    """What was measured of a model, for two repeated and two validation documents."""
+    repeated = {"dropped": repeated} if isinstance(repeated, float) else repeated
+    validation = {"dropped": validation} if isinstance(validation, float) else validation
+    losses = {
+        "repeated": {state: told(value) for state, value in repeated.items()},
+        "validation": {state: told(value) for state, value in validation.items()},
+    }
+    tokens = {
+        split: {"dropped": {"nats": list(nats), "counts": [1, 1], "min_k": [0.0] * 2, "min_k_plus_plus": [0.0] * 2}}
+        for split, nats in (("repeated", members), ("validation", (2.0, 2.0)))
+    }
+    found = {
+        "losses": losses,
+        "tokens": tokens,
+        "extraction": [{"state": "dropped", "prompt": "own", "exact": [extracted, extracted], "rows": [0, 1]}],
+        "relearning": {"runs": [{"n": 1, "other": [2.0, 2.0 - falls]}]},
+    }
+    subject = Subject(arm, role, Path(arm), sha256 or arm, "memsinks", None)
+    return Measured(subject, {}, found, gate=gate)
+
+
+GOOD = {
+    "repeated": {"dropped": 2.0, "own": 0.1, "placebo": 2.1, "random_drop": 4.0},
+    "validation": {"dropped": 2.0, "random_drop": 3.0},
+    "gate": {"own": 0.1, "placebo": 2.1, "pass": True},
+}
+
+
+def checks_of(without=(), thresholds=None, **changes):
+    seed = {
+        "standard": made("standard", 0.5, "standard", extracted=1.0),
+        "left_out": made("left_out", 2.5, "left_out"),
+        "ours": made("ours", **{**GOOD, **changes}),
+    }
+    for arm in without:
+        del seed[arm]
+    found = verdict(seed, "ours", thresholds or Thresholds())
+    return found["pass"], {check["name"]: check for check in found["checks"]}
+
+
+def test_good_model_passes_every_check():
+    passed, checks = checks_of()
+    assert passed is True
+    assert {check["pass"] for check in checks.values()} == {True}
+    assert checks["gap_closed"]["value"] == pytest.approx(0.75)  # (2.0 - .5) / (2.5 - .5)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "value"),
+    [
+        ("gate", {"gate": {"own": 2.1, "placebo": 2.1, "pass": False}}, 0.0),
+        ("not_standard", {"sha256": "standard"}, 0.0),
+        ("gap_closed", {"repeated": {**GOOD["repeated"], "dropped": 1.4}}, 0.45),
+        ("validation_change", {"validation": {"dropped": 2.2, "random_drop": 3.0}}, 0.1),
+        ("extraction", {"extracted": 0.5}, 0.5),
+        ("membership", {"members": (1.0, 1.0)}, 0.5),
+        ("membership", {"members": (3.0, 3.0)}, 0.5),  # made to hate them: told apart as well
+        ("relearning", {"falls": 0.25}, 0.15),
+        ("random_drop", {"validation": {"dropped": 2.0, "random_drop": 2.02}}, 0.01),
+        ("placebo", {"repeated": {**GOOD["repeated"], "placebo": 1.0}}, 1 / 1.9),
+    ],
+)
+def test_each_check_fails_for_its_own_reason(name, changes, value):
+    passed, checks = checks_of(**changes)
+    assert passed is False
+    assert {other for other, check in checks.items() if check["pass"] is False} == {name}
+    assert checks[name]["value"] == pytest.approx(value)
+
+
+def test_what_was_not_measured_fails_nothing():
+    passed, checks = checks_of(without=("standard", "left_out"), repeated=2.0, validation=2.0, gate=None)
+    assert passed is None
+    assert {name for name, check in checks.items() if check["pass"] is not None} == {"extraction"}
+    assert all(check["why"].startswith("Not measured") for check in checks.values() if check["pass"] is None)
+    passed, checks = checks_of(without=("left_out",))
+    assert passed is None  # a part of a verdict is none
 
 
 @pytest.mark.long
