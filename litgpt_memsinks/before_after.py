@@ -14,7 +14,7 @@ import torch
 from litgpt_memsinks.checkpoint import load_model
 from litgpt_memsinks.difference import Kind
 from litgpt_memsinks.errors import MemSinksError
-from litgpt_memsinks.evaluate import placebo_ids, score
+from litgpt_memsinks.losses import placebo_ids, score
 from litgpt_memsinks.manifest import EVALUATION, Manifest
 from litgpt_memsinks.model import GPT
 from litgpt_memsinks.scored import Scored, read_scored

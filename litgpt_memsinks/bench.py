@@ -28,6 +28,7 @@ from rich.progress import track
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
+from litgpt_memsinks.bench_evaluate import bench_evaluate
 from litgpt_memsinks.bench_generate import bench_generate
 from litgpt_memsinks.bench_loader import bench_loader
 from litgpt_memsinks.config import MemSinksConfig, SinkArgs
@@ -154,9 +155,10 @@ def bench(
     shared_fractions: list[float] | None = None,
     loader: bool = True,
     generation: bool = True,
+    evaluation: bool = True,
     out_file: Path | None = None,
 ) -> None:
-    """Time training steps, data loading and generation with sinks against stock LitGPT, side by side.
+    """Time training steps, data loading, generation and evaluation against stock LitGPT, side by side.
 
     Args:
         rounds: How often each contender takes its turn.
@@ -168,6 +170,7 @@ def bench(
             once, so name one for a large model.
         loader: Whether to measure the loader too.
         generation: Whether to measure how fast the dropped model generates too.
+        evaluation: Whether to measure evaluation too, on a CPU.
         out_file: JSON file for the figures. Must not exist.
 
     Raises:
@@ -195,6 +198,7 @@ def bench(
         "steps": list(map(asdict, measurements)),
         "loader": bench_loader() if loader else [],
         "generation": bench_generate(device=device) if generation else [],
+        "evaluation": bench_evaluate(small_config()) if evaluation and device == "cpu" else [],
     }
     if out_file is not None:
         write_json(out_file, _where(settings) | figures)

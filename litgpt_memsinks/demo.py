@@ -19,7 +19,6 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -30,16 +29,21 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from litgpt_memsinks.battery import PARTS, Kept, Plan
+from litgpt_memsinks.bootstrap import Bootstrap
 from litgpt_memsinks.corpus import train_tokenizer, write_corpus
 from litgpt_memsinks.corpus_files import read_texts
 from litgpt_memsinks.drop_sinks import drop_sinks
 from litgpt_memsinks.errors import MemSinksError
-from litgpt_memsinks.evaluate import Result, evaluate_checkpoint, print_results, write_results
+from litgpt_memsinks.evaluate import measure_arms, print_results, results_content
 from litgpt_memsinks.files import atomic_directory, write_json
 from litgpt_memsinks.manifest import MANIFEST, Manifest
 from litgpt_memsinks.prepare import prepare
 from litgpt_memsinks.pretrain import NO_COMPILER, has_cpp_compiler
 from litgpt_memsinks.report import report
+from litgpt_memsinks.results import Seed, compare, write_results
+from litgpt_memsinks.subject import Asked, Role, Subject, ask_prepared
+from litgpt_memsinks.verdict import Thresholds
 
 ARMS = {
     "standard": "stream",
@@ -51,6 +55,9 @@ ARMS = {
 """Recipe of each arm, and the prepared stream that it trains on."""
 
 REPEATED_DOCUMENTS, REPEATS = 32, 96
+JUDGED = "memsinks"
+"""The arm that the verdict in results.json is about."""
+RELEARNED, RELEARNING_STEPS, DRAWS = 4, 20, 500  # of the attacks, what fits into seconds
 VOCAB_SIZE = 1024
 EMBEDDED_DOCUMENTS, OWN_DOCUMENTS = 4500, 3000  # documents that occur once: what trains in minutes
 EMBEDDED_BLOCK, OWN_BLOCK = 128, 256  # tokens in a training row
@@ -103,16 +110,20 @@ def demo(
     print("3/4 Dropping the sinks")
     drop_all(out_dir, seeds)
     print("4/4 Measuring")
-    results = [evaluate_arms(out_dir, seed, streams["stream"], block_size) for seed in range(1, seeds + 1)]
+    asked = ask_prepared(streams["stream"], None)
+    plan = Plan(PARTS, block_size, relearn_documents=(RELEARNED,), relearn_steps=RELEARNING_STEPS)
+    boot = Bootstrap(DRAWS)
+    results = [evaluate_arms(out_dir, seed, asked, plan) for seed in range(1, seeds + 1)]
     results_file = out_dir / "results.json"
-    write_results(results_file, results, streams["stream"])
+    content = results_content(results, asked, plan, None, boot, Thresholds(), JUDGED)
+    write_results(results_file, content, results, asked)
     picture = out_dir / "report.png"
     picture.unlink(missing_ok=True)
     page = picture.with_suffix(".html")
     page.unlink(missing_ok=True)
     report(results_file, page)
     report(results_file, picture)
-    print_results(results)
+    print_results(compare(results))
     print(
         f"Numbers: {results_file}   Report: {page}   Time: {(time.monotonic() - started) / 60:.1f} min\n"
         f"Try the released model: litgpt generate {run_dir(out_dir, 'memsinks', 1) / 'dropped'} --prompt 'One day'"
@@ -378,7 +389,9 @@ def drop_all(out_dir: Path, seeds: int) -> None:
                 drop_sinks(run_dir(out_dir, arm, seed) / "final", target)
 
 
-def evaluate_arms(out_dir: Path, seed: int, data_path: Path, block_size: int) -> dict[str, Result]:
-    """Measure every arm of one seed on the documents of the same prepared folder."""
-    with Console(stderr=True).status(f"Seed {seed}"):
-        return {arm: evaluate_checkpoint(run_dir(out_dir, arm, seed) / "final", data_path, block_size) for arm in ARMS}
+def evaluate_arms(out_dir: Path, seed: int, asked: Asked, plan: Plan) -> Seed:
+    """Measure every arm of one seed on the same documents. What is finished is kept in the output folder."""
+    roles: dict[str, Role] = {"standard": "standard", "left_out": "left_out"}
+    subjects = [Subject.at(arm, run_dir(out_dir, arm, seed) / "final", roles.get(arm)) for arm in ARMS]
+    # the arm with 100% ID noise has no IDs that could fit it: that is what it is for
+    return measure_arms(subjects, asked, plan, "cpu", Kept(out_dir / "measured"), allow_wrong_map=True)

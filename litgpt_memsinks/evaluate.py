@@ -1,294 +1,300 @@
-"""Measured result: what a checkpoint still knows of the repeated documents, and what that cost in validation loss.
+"""Measured result: what a model still knows of the repeated documents, and what that cost in validation loss.
 
-Each document is scored alone, from its first token, over one block. States of a model with sinks (Sec. 5):
-``dropped``: no sinks, the model that is released; ``own``: the document's own sinks on, what training has memorised;
-``placebo``: the sinks of another document on, which must not help.
+    models ─► losses in every state ─► gate ─► attacks ─► intervals ─► comparison ─► verdict
+                     └──────────────── battery.py ──────────┘          results.py    verdict.py
+
+What each number means: docs/measuring.md.
 """
 
 import math
+import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from litgpt.model import GPT as BaseGPT
 from rich.console import Console
-from rich.progress import track
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from litgpt_memsinks.checkpoint import load_model
+from litgpt_memsinks.battery import PARTS, Kept, Measured, Plan, cost, measure, units, wrong_map
+from litgpt_memsinks.bootstrap import Bootstrap
+from litgpt_memsinks.curve import measure_curve, step_checkpoints
 from litgpt_memsinks.errors import MemSinksError
-from litgpt_memsinks.files import refuse_to_overwrite, write_json
-from litgpt_memsinks.manifest import Manifest, tokenizer_fingerprint
-from litgpt_memsinks.metrics import document_losses, gap_closed, relative_change
-from litgpt_memsinks.model import GPT
-from litgpt_memsinks.scored import Scored, pad, read_scored
+from litgpt_memsinks.files import refuse_to_overwrite
+from litgpt_memsinks.losses import Loss, placebo_ids, score
+from litgpt_memsinks.results import (
+    Row,
+    Seed,
+    compare,
+    comparison,
+    documents_file,
+    model_entry,
+    provenance,
+    role,
+    write_results,
+)
+from litgpt_memsinks.scored import read_scored
+from litgpt_memsinks.subject import Asked, Subject, ask_files, ask_prepared
+from litgpt_memsinks.verdict import Thresholds, verdict
 
-State = Literal["dropped", "own", "placebo"]
+__all__ = [
+    "Loss",
+    "evaluate",
+    "measure_arms",
+    "placebo_ids",
+    "print_results",
+    "read_scored",
+    "results_content",
+    "score",
+]
 
-
-@dataclass
-class Loss:
-    """A loss with the documents behind it."""
-
-    loss: float
-    """Mean over all targets, nats per token"""
-    targets: int
-    """Number of targets"""
-    documents: int
-    """Number of documents"""
-    by_document: dict[str, float]
-    """Sequence ID to the document's own mean, nats per token"""
-
-
-@dataclass
-class Result:
-    """Measurements of one checkpoint."""
-
-    checkpoint_dir: str
-    """What was evaluated"""
-    has_sinks: bool
-    """Whether the model has sinks"""
-    validation: Loss
-    """Validation documents, sinks dropped"""
-    repeated: dict[State, Loss]
-    """Repeated documents in each state; only ``dropped`` for a model without sinks"""
-
-
-@torch.inference_mode()
-def score(
-    model: BaseGPT,
-    documents: Scored,
-    block_size: int,
-    sequence_ids: torch.Tensor | None = None,
-    batch_size: int = 32,
-    description: str = "Scoring",
-) -> Loss:
-    """Loss of a model on documents.
-
-    Args:
-        model: In eval mode; a model with sinks if ``sequence_ids`` are given.
-        documents: What to score.
-        block_size: Most targets of a document.
-        sequence_ids: IDs whose sinks are on, one per document. ``None``: sinks dropped.
-        batch_size: Documents at a time.
-        description: Shown beside the progress bar.
-    """
-    device = next(model.parameters()).device
-    # documents of like length together, so that little is computed on padding
-    order = sorted(range(len(documents.tokens)), key=lambda index: len(documents.tokens[index]))
-    nats = torch.zeros(len(order), dtype=torch.float64)
-    counts = torch.zeros(len(order), dtype=torch.int64)
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    for batch in track(batches, description, transient=True):
-        inputs, targets = pad([documents.tokens[index] for index in batch], block_size)
-        on = {} if sequence_ids is None else {"sequence_ids": sequence_ids[batch].to(device)}
-        losses = document_losses(model(inputs.to(device), **on), targets.to(device))
-        nats[batch], counts[batch] = losses[0].cpu(), losses[1].cpu()
-    if not counts.sum():
-        raise MemSinksError(
-            "No document has two tokens or more, so there is nothing to predict. Give longer documents."
-        )
-    ids = documents.sequence_ids.tolist()
-    means = (nats / counts.clamp(min=1)).tolist()
-    return Loss(
-        loss=float(nats.sum() / counts.sum()),
-        targets=int(counts.sum()),
-        documents=len(ids),
-        by_document={str(ids[index]): means[index] for index in range(len(ids)) if counts[index]},
-    )
-
-
-def placebo_ids(sequence_ids: torch.Tensor) -> torch.Tensor:
-    """Give each document the ID of another one: its predecessor's. A single document gets one that nobody has."""
-    if len(sequence_ids) == 1:
-        return sequence_ids ^ 1 << 16
-    return sequence_ids.roll(1)
-
-
-def evaluate_checkpoint(
-    checkpoint_dir: Path, data_path: Path, block_size: int | None = None, limit: int | None = None, device: str = "cpu"
-) -> Result:
-    """Measure one checkpoint on the repeated and the validation documents of a prepared folder.
-
-    Args:
-        checkpoint_dir: A LitGPT checkpoint, with sinks or plain.
-        data_path: The prepared folder that names the repeated documents.
-        block_size: Most targets of a document; the model's context length by default.
-        limit: Most documents of each kind.
-        device: Where to compute.
-    """
-    for setting, value in (("block_size", block_size), ("limit", limit)):
-        if value is not None and value < 1:
-            raise MemSinksError(f"{setting} is {value}, but it must be at least 1.")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise MemSinksError(f"device is {device!r}, but this machine has no usable GPU. Use --device cpu.")
-    model = load_model(checkpoint_dir).to(device)
-    _check_same_tokenizer(checkpoint_dir, data_path, model)
-    block_size = min(block_size or model.max_seq_length, model.max_seq_length)
-    repeated = read_scored(data_path, "repeated", limit)
-    validation = read_scored(data_path, "val", limit)
-    has_sinks = isinstance(model, GPT) and model.config.n_sink > 0
-    states: dict[State, torch.Tensor | None] = {"dropped": None}
-    if has_sinks:
-        states |= {"own": repeated.sequence_ids, "placebo": placebo_ids(repeated.sequence_ids)}
-    name = checkpoint_dir.parent.name if checkpoint_dir.name == "final" else checkpoint_dir.name
-    return Result(
-        checkpoint_dir=str(checkpoint_dir),
-        has_sinks=has_sinks,
-        validation=score(model, validation, block_size, description=f"{name}: validation"),
-        repeated={
-            state: score(model, repeated, block_size, ids, description=f"{name}: repeated, {state}")
-            for state, ids in states.items()
-        },
-    )
-
-
-def _check_same_tokenizer(checkpoint_dir: Path, data_path: Path, model: BaseGPT) -> None:
-    """Refuse data of another tokenizer, whose tokens mean nothing to the model."""
-    manifest = Manifest.read(data_path)
-    size = model.config.padded_vocab_size
-    assert size is not None  # set by Config.__post_init__
-    if manifest.max_token >= size:
-        raise MemSinksError(
-            f"{str(data_path)!r} holds token {manifest.max_token}, but {str(checkpoint_dir)!r} embeds tokens below "
-            f"{size} only. Name the data that the model was trained on."
-        )
-    if any((checkpoint_dir / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        given = tokenizer_fingerprint(checkpoint_dir)
-        if given != manifest.tokenizer_sha256:
-            raise MemSinksError(
-                f"The tokenizer of {str(checkpoint_dir)!r} ({given[:12]}) is not the one that made {str(data_path)!r} "
-                f"({manifest.tokenizer_sha256[:12]}). Name the data that the model was trained on."
-            )
+EVALUATED = "evaluated"
+"""Arm of the checkpoint that is judged."""
 
 
 def evaluate(
-    checkpoint_dir: Path,
-    data_path: Path,
+    checkpoint_dir: Path | None = None,
+    data_path: Path | None = None,
     standard: Path | None = None,
     left_out: Path | None = None,
     out_file: Path | None = None,
     block_size: int | None = None,
     limit: int | None = None,
     device: str = "cpu",
+    models: list[str] | None = None,
+    parts: str = "all",
+    repeated: Path | None = None,
+    validation: Path | None = None,
+    tokenizer_dir: Path | None = None,
+    curve: Path | None = None,
+    allow_wrong_map: bool = False,
+    require_pass: bool = False,
+    seed: int = 0,
+    bootstrap: int = 1000,
+    level: float = 0.95,
+    relearn_documents: list[int] | None = None,
+    relearn_steps: int = 40,
+    thresholds: Thresholds | None = None,
 ) -> None:
-    """Measure what a checkpoint remembers of the repeated documents, and print a table.
+    """Measure what a model remembers of the repeated documents, attack it, and judge it.
+
+    Models are LitGPT checkpoints, with sinks or plain, or Hugging Face folders. With `out_file`, what is finished
+    outlives a kill: the same command goes on.
 
     Args:
-        checkpoint_dir: Checkpoint to measure, with sinks or plain.
+        checkpoint_dir: Model to measure and judge. The last checkpoint of `curve` by default.
         data_path: Folder of `litgpt-memsinks prepare` that the model was trained on.
-        standard: Checkpoint of standard training on the same stream: 0% of the gap closed.
-        left_out: Checkpoint of training without the repeated documents: 100% of the gap closed.
-        out_file: JSON file for the result, with per-document losses. Must not exist.
+        standard: Model of standard training on the same stream: 0% of the gap closed.
+        left_out: Model of training without the repeated documents: 100% of the gap closed.
+        out_file: JSON file for the result; values of single documents go beside it. Must not exist.
         block_size: Most tokens of a document that are scored. The model's context length by default.
         limit: Most documents of each kind. All by default.
         device: Where to compute, cpu or cuda.
+        models: More models to measure, each as NAME=FOLDER.
+        parts: What to measure, separated by commas: losses, extraction, teacher_forced, membership, relearning,
+            calibrated, quantised; or all.
+        repeated: Instead of data_path: file of the texts that were trained on many times.
+        validation: Instead of data_path: file of texts like them that were not trained on.
+        tokenizer_dir: The tokenizer, with `repeated` and `validation`.
+        curve: Folder of a run, to measure the losses at each of its step-* checkpoints, too.
+        allow_wrong_map: Write the result even if the documents' IDs are not those of the training run.
+        require_pass: End with status 1 unless every check that could be made holds.
+        seed: Seed of shuffled IDs, random neurons and resamples.
+        bootstrap: Resamples behind an interval; 0 for none.
+        level: Share of the resamples that an interval holds.
+        relearn_documents: Repeated documents to relearn from, one run for each number. 1, 4 and 16 by default.
+        relearn_steps: Optimizer steps of a relearning run.
+        thresholds: What the model has to reach.
+
+    Raises:
+        MemSinksError: For settings out of range, data of another tokenizer, or IDs that are not the model's.
     """
+    _check(block_size, limit, device, bootstrap, level, relearn_documents, relearn_steps)
     if out_file is not None:
         refuse_to_overwrite(out_file)
-    given = {"standard": standard, "left_out": left_out, "evaluated": checkpoint_dir}
-    results = {
-        arm: evaluate_checkpoint(path, data_path, block_size, limit, device)
-        for arm, path in given.items()
-        if path is not None
-    }
-    print_results([results])
+        refuse_to_overwrite(documents_file(out_file))
+    if checkpoint_dir is None:
+        if curve is None:
+            raise MemSinksError("There is no model to measure. Name one: --checkpoint_dir OUT_DIR/final")
+        checkpoint_dir = step_checkpoints(curve)[-1][1]
+    plan = Plan(_parts(parts), block_size, seed, tuple(relearn_documents or Plan.relearn_documents), relearn_steps)
+    boot = Bootstrap(bootstrap, level, seed)
+    asked = _asked(data_path, repeated, validation, tokenizer_dir, limit)
+    subjects = _subjects(checkpoint_dir, standard, left_out, models or [])
+    kept = Kept(None if out_file is None else out_file.with_name(f".{out_file.name}.parts"))
+    arms = measure_arms(subjects, asked, plan, device, kept, allow_wrong_map)
+    for measured in arms.values():
+        _warn(measured)
+    if curve is not None:
+        arms[EVALUATED].curve = measure_curve(curve, asked, plan, device, kept)
+    content = results_content([arms], asked, plan, limit, boot, thresholds or Thresholds(), EVALUATED)
+    print_results(compare([arms]))
+    print_verdict(content["verdict"])
     if out_file is not None:
-        write_results(out_file, [results], data_path)
-        print(f"Per-document losses: {out_file}")
+        write_results(out_file, content, [arms], asked)
+        kept.clear()
+        print(f"Result: {out_file}   Per document: {documents_file(out_file)}")
+    if require_pass and not content["verdict"]["pass"]:
+        raise MemSinksError("The model does not pass; the checks that failed are above.")
 
 
-def write_results(out_file: Path, seeds: list[dict[str, Result]], data_path: Path) -> None:
-    """Write results, one mapping from arm to result per seed, as JSON."""
-    packages = ("litgpt-memsinks", "litgpt", "litdata", "lightning", "torch")
-    write_json(
-        out_file,
-        {
-            "versions": {name: version(name) for name in packages},
-            "data_path": str(data_path),
-            "unit": "nats per token",
-            "comparison": _strict([asdict(row) for row in compare(seeds)]),
-            "seeds": _strict([{arm: asdict(result) for arm, result in results.items()} for results in seeds]),
-        },
+def _check(
+    block_size: int | None,
+    limit: int | None,
+    device: str,
+    bootstrap: int,
+    level: float,
+    relearn_documents: list[int] | None,
+    relearn_steps: int,
+) -> None:
+    """Refuse settings out of range."""
+    numbers = [("block_size", block_size), ("limit", limit), ("relearn_steps", relearn_steps)]
+    numbers += [("relearn_documents", number) for number in relearn_documents or []]
+    for setting, value in numbers:
+        if value is not None and value < 1:
+            raise MemSinksError(f"{setting} is {value}, but it must be at least 1.")
+    if bootstrap < 0:
+        raise MemSinksError(f"bootstrap is {bootstrap}, but it must be at least 0 (no intervals).")
+    if not 0 < level < 1:
+        raise MemSinksError(f"level is {level}, but it must be above 0 and below 1, such as 0.95.")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise MemSinksError(f"device is {device!r}, but this machine has no usable GPU. Use --device cpu.")
+
+
+def _parts(given: str) -> tuple[str, ...]:
+    if given == "all":
+        return PARTS
+    names = [name.strip() for name in given.split(",")]
+    if unknown := [name for name in names if name not in PARTS]:
+        raise MemSinksError(f"parts has {unknown[0]!r}. Choose from: {', '.join(PARTS)}; or all.")
+    return tuple(part for part in PARTS if part in {"losses", *names})
+
+
+def _asked(
+    data_path: Path | None,
+    repeated: Path | None,
+    validation: Path | None,
+    tokenizer_dir: Path | None,
+    limit: int | None,
+) -> Asked:
+    files = (repeated, validation, tokenizer_dir)
+    if data_path is not None and not any(files):
+        return ask_prepared(data_path, limit)
+    if data_path is None and repeated is not None and validation is not None and tokenizer_dir is not None:
+        return ask_files(repeated, validation, tokenizer_dir, limit)
+    raise MemSinksError(
+        "The documents are those of --data_path DIR, or else of --repeated FILE --validation FILE --tokenizer_dir DIR. "
+        "Give the one or all three of the others."
     )
 
 
-def _strict(value: Any) -> Any:
-    """The same with null for NaN, which JSON does not have: what does not apply, or a run that diverged."""
-    if isinstance(value, dict):
-        return {key: _strict(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_strict(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+def _subjects(checkpoint_dir: Path, standard: Path | None, left_out: Path | None, models: list[str]) -> list[Subject]:
+    subjects = []
+    if standard is not None:
+        subjects.append(Subject.at("standard", standard, "standard"))
+    if left_out is not None:
+        subjects.append(Subject.at("left_out", left_out, "left_out"))
+    for given in models:
+        name, sign, folder = given.partition("=")
+        if not sign or not name or name in {EVALUATED, *(subject.arm for subject in subjects)}:
+            raise MemSinksError(f"models has {given!r}. Give each as NAME=FOLDER, with names of their own.")
+        subjects.append(Subject.at(name, Path(folder)))
+    return [*subjects, Subject.at(EVALUATED, checkpoint_dir)]
 
 
-# ---------------------------------------------------------------------------------------------------------- comparing
+# ----------------------------------------------------------------------------------------------------------- measuring
 
 
-@dataclass
-class Row:
-    """One arm of a comparison, one value per seed in each list; NaN (in JSON null) where it does not apply.
+def measure_arms(
+    subjects: Sequence[Subject], asked: Asked, plan: Plan, device: str, kept: Kept, allow_wrong_map: bool
+) -> Seed:
+    """Measure the models of one seed one after another, with a progress bar on stderr.
 
-    Losses in nats per token. ``validation_change`` is relative to the standard arm of the same seed.
-    ``repeated_ratio`` is the paper's figure: the loss on repeated documents over that of a model that never saw them
-    (Fig. 4b: about 0.66).
+    Raises:
+        MemSinksError: See ``battery.measure``; or if the models' contexts hold different parts of the documents.
     """
+    costs = {
+        subject.arm: sum(cost(unit, asked, plan, subject.kind == "memsinks") for unit in units(plan))
+        for subject in subjects
+    }
+    arms: Seed = {}
+    with _progress(sum(costs.values())) as advance:
+        for subject in subjects:
+            arms[subject.arm] = measure(subject, asked, plan, device, kept, allow_wrong_map, advance)
+    _check_same_targets(arms)
+    return arms
 
-    arm: str
-    validation: list[float]
-    validation_change: list[float]
-    repeated: list[float]
-    repeated_ratio: list[float]
-    own: list[float]
-    placebo: list[float]
-    gap_closed: list[float]
+
+def _check_same_targets(arms: Seed) -> None:
+    """Refuse to compare models that were asked for different tokens, because their contexts differ."""
+    counts = {
+        arm: [count for split in measured.found["losses"].values() for count in split["dropped"]["counts"]]
+        for arm, measured in arms.items()
+    }
+    longest = {arm: max(numbers) for arm, numbers in counts.items()}
+    if len({tuple(numbers) for numbers in counts.values()}) > 1:
+        shown = ", ".join(f"{arm} {length}" for arm, length in longest.items())
+        raise MemSinksError(
+            f"The models' contexts hold different parts of the documents (targets of the longest: {shown}), so their "
+            f"losses cannot be compared. Set --block_size {min(longest.values())}."
+        )
 
 
-def compare(seeds: list[dict[str, Result]]) -> list[Row]:
-    """Set each arm against the ``standard`` and ``left_out`` arms of its seed.
+def _warn(measured: Measured) -> None:
+    """Say on stderr what the reader of the numbers must know."""
+    if measured.gate is not None and not measured.gate["pass"]:
+        print(f"Warning: {wrong_map(measured.subject, measured.gate)}", file=sys.stderr)
+    for part, why in measured.skipped.items():
+        print(f"{measured.subject.arm}: no {part}. {why}", file=sys.stderr)
+
+
+@contextmanager
+def _progress(total: float) -> Any:
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("Measuring", total=total)
+
+        def advance(description: str, done: float) -> None:
+            progress.update(task, advance=done, description=description or None)
+
+        yield advance
+
+
+def results_content(
+    seeds: list[Seed],
+    asked: Asked,
+    plan: Plan,
+    limit: int | None,
+    boot: Bootstrap,
+    thresholds: Thresholds,
+    judged: str,
+) -> dict[str, Any]:
+    """All of the result file, see ``results.py``.
 
     Args:
-        seeds: One mapping from arm to result per seed.
+        seeds: What was measured.
+        asked: The documents.
+        plan: What was asked for.
+        limit: Most documents of each kind.
+        boot: How intervals are drawn.
+        thresholds: What the model has to reach.
+        judged: Arm of the model to judge: by its worst seed.
     """
-    return [
-        Row(
-            arm=arm,
-            validation=[results[arm].validation.loss for results in seeds],
-            validation_change=[_change(results, arm) for results in seeds],
-            repeated=[results[arm].repeated["dropped"].loss for results in seeds],
-            repeated_ratio=[_ratio(results, arm) for results in seeds],
-            own=[_state(results[arm], "own") for results in seeds],
-            placebo=[_state(results[arm], "placebo") for results in seeds],
-            gap_closed=[_gap(results, arm) for results in seeds],
-        )
-        for arm in seeds[0]
+    content = provenance(asked, plan, limit, boot)
+    content["settings"] |= {"thresholds": asdict(thresholds)}
+    content["models"] = [
+        model_entry(measured, asked, plan, boot, role(seed, "left_out")) for seed in seeds for measured in seed.values()
     ]
+    content["comparison"] = comparison(seeds, boot)
+    verdicts = [verdict(seed, judged, thresholds) for seed in seeds]
+    content["verdict"] = next((one for one in verdicts if one["pass"] is False), verdicts[0])
+    return content
 
 
-def _state(result: Result, state: State) -> float:
-    return result.repeated[state].loss if state in result.repeated else math.nan
-
-
-def _change(results: dict[str, Result], arm: str) -> float:
-    if "standard" not in results:
-        return math.nan
-    return relative_change(results[arm].validation.loss, results["standard"].validation.loss)
-
-
-def _ratio(results: dict[str, Result], arm: str) -> float:
-    if "left_out" not in results:
-        return math.nan
-    return results[arm].repeated["dropped"].loss / results["left_out"].repeated["dropped"].loss
-
-
-def _gap(results: dict[str, Result], arm: str) -> float:
-    if not {"standard", "left_out"} <= set(results):
-        return math.nan
-    losses = [results[name].repeated["dropped"].loss for name in (arm, "standard", "left_out")]
-    return gap_closed(*losses)
+# ------------------------------------------------------------------------------------------------------------- printing
 
 
 def mean(values: Sequence[float]) -> float:
@@ -302,14 +308,11 @@ def deviation(values: Sequence[float]) -> float:
     return math.sqrt(sum((value - centre) ** 2 for value in values) / max(len(values) - 1, 1))
 
 
-def print_results(seeds: list[dict[str, Result]]) -> None:
+def print_results(rows: list[Row]) -> None:
     """Print the comparison, with what each column means."""
-    rows = compare(seeds)
-    terminal = Console()
-    # a log file or a pipe has no width: do not squeeze the table into rich's 80 columns there
-    console = terminal if terminal.is_terminal else Console(width=150)
     table = Table(
-        title=f"Loss in nats per token, sinks dropped unless said ({len(seeds)} seed(s))", title_justify="left"
+        title=f"Loss in nats per token, sinks dropped unless said ({len(rows[0].validation)} seed(s))",
+        title_justify="left",
     )
     table.add_column("arm")
     for name in ("validation", "vs standard", "repeated", "of unseen", "own sinks", "placebo", "gap closed"):
@@ -325,7 +328,7 @@ def print_results(seeds: list[dict[str, Result]]) -> None:
             _cell(row.placebo, ".3f"),
             _cell(row.gap_closed, ".0%"),
         )
-    console.print(table)
+    _console().print(table)
     print(
         "repeated:    documents that were trained on many times; higher is more forgotten\n"
         "of unseen:   that loss, as a share of the loss of a model that never saw them\n"
@@ -334,6 +337,29 @@ def print_results(seeds: list[dict[str, Result]]) -> None:
         "gap closed:  how far the loss on repeated documents is from standard training's (0%)\n"
         "             to that of a model that never saw them (100%)"
     )
+
+
+def print_verdict(content: dict[str, Any]) -> None:
+    """Print the checks of a verdict and what they come to."""
+    table = Table(title=f"Verdict on {content['model']}", title_justify="left")
+    for name in ("check", "", "why"):
+        table.add_column(name)
+    marks = {True: "pass", False: "FAIL", None: "–"}
+    for check in content["checks"]:
+        table.add_row(check["name"], marks[check["pass"]], check["why"])
+    _console().print(table)
+    summary = {
+        True: "Every check that could be made holds.",
+        False: "It does not pass.",
+        None: "No verdict: give --standard and --left_out to compare with.",
+    }
+    print(summary[content["pass"]])
+
+
+def _console() -> Console:
+    """A log file or a pipe has no width: do not squeeze tables into rich's 80 columns there."""
+    terminal = Console()
+    return terminal if terminal.is_terminal else Console(width=150)
 
 
 def _cell(values: list[float], spec: str) -> str:

@@ -6,7 +6,7 @@
 import heapq
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import repeat
 from pathlib import Path
 from typing import Literal
@@ -33,10 +33,14 @@ class Scored:
     Attributes:
         tokens: Tokens of each document, int64 ``(n_tokens,)``.
         sequence_ids: ID of each document, int64 ``(n_documents,)``.
+        digests: xxh3_64 of each document's tokens; empty if they were not asked for.
+        sources: Source or validation set of each document; empty if they were not asked for.
     """
 
     tokens: list[torch.Tensor]
     sequence_ids: torch.Tensor
+    digests: list[int] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)
 
 
 def read_scored(data_path: Path, split: ScoredSplit, limit: int | None = None) -> Scored:
@@ -62,6 +66,8 @@ def read_scored(data_path: Path, split: ScoredSplit, limit: int | None = None) -
     return Scored(
         [torch.tensor(tokens) for tokens in table["tokens"].to_pylist()],
         torch.tensor(table["sequence_id"].to_pylist()),
+        table["digest"].to_pylist(),
+        table["source"].to_pylist(),
     )
 
 

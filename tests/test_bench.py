@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
+from litgpt.model import GPT as BaseGPT
 
-from litgpt_memsinks import bench, bench_generate, bench_loader
+from litgpt_memsinks import bench, bench_evaluate, bench_generate, bench_loader
 from litgpt_memsinks.data import MemSinksData
 from litgpt_memsinks.errors import MemSinksError
+from litgpt_memsinks.scored import Scored
 
 
 @pytest.fixture
@@ -19,6 +21,7 @@ def test_bench_measures_every_contender_in_turn(monkeypatch, tiny_config, tmp_pa
     monkeypatch.setattr(bench, "small_config", lambda: tiny_config)
     monkeypatch.setattr(bench, "bench_loader", lambda: [{"loader": "pairs"}])
     monkeypatch.setattr(bench, "bench_generate", lambda device: [{"model": device}])
+    monkeypatch.setattr(bench, "bench_evaluate", lambda config: [{"task": "losses"}])
     threads = torch.get_num_threads()
     try:
         bench.bench(rounds=3, compiled=False, shared_fractions=[0.5], out_file=tmp_path / "bench.json")
@@ -27,7 +30,7 @@ def test_bench_measures_every_contender_in_turn(monkeypatch, tiny_config, tmp_pa
     found = json.loads((tmp_path / "bench.json").read_text())
     assert found.keys() == {
         *("date", "hardware", "versions", "model", "micro_batch_size", "block_size", "rounds", "steps", "loader"),
-        "generation",
+        *("generation", "evaluation"),
     }
     stock, again, sinks = found["steps"]
     assert [one["model"] for one in found["steps"]] == ["stock", "stock again", "sinks, g = 0.5"]
@@ -144,3 +147,24 @@ def test_generation_takes_turns_with_a_kv_cache(tiny_config, monkeypatch):
     first, second, third = made.values()
     assert turns == [first, second, third, second, third, first, third, first, second]
     assert first.mask_cache is not None
+
+
+def test_extractors_continue_alike_and_scorers_see_the_same_tokens(tiny_config, monkeypatch, capsys):
+    monkeypatch.setattr(bench_evaluate, "_DOCUMENTS", 3)
+    torch.manual_seed(0)
+    model = BaseGPT(tiny_config).eval()
+    scored = Scored(list(torch.randint(0, 512, (3, 65))), torch.arange(3))
+    first, *others = (found() for found in bench_evaluate.extractors(model, scored).values())
+    assert all(torch.equal(first, other) for other in others)
+    assert first.shape == (3, 32)
+    seen = []
+    hook = model.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].clone()))
+    for run in bench_evaluate.scorers(model, scored, 64).values():
+        run()
+    hook.remove()
+    assert len(seen) == 3
+    assert all(torch.equal(seen[0], other) for other in seen)
+    measured = bench_evaluate.bench_evaluate(tiny_config, rounds=1)
+    assert [one["ratio"] for one in measured if "again" not in one["contender"]][::2] == [1.0, 1.0]
+    assert len(measured) == 6
+    assert "32 at a time" in capsys.readouterr().out

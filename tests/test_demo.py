@@ -48,6 +48,12 @@ def test_demo_prints_the_table_and_continues_where_it_was(tiny, tmp_path, capsys
     assert [row["arm"] for row in results["comparison"]] == list(demo.ARMS)
     assert results["comparison"][0]["gap_closed"] == [0.0]
     assert results["comparison"][1]["gap_closed"] == [1.0]
+    assert results["format"] == 2
+    assert results["verdict"]["model"] == demo.JUDGED
+    assert [model["role"] for model in results["models"]] == ["standard", "left_out", None, None, None]
+    for model in results["models"]:
+        assert {"extraction", "membership", "relearning", "calibrated", "quantised"} < set(model["parts"])
+        assert bool(model["parts"]["gate"]) == (model["arm"] not in ("standard", "left_out"))
     assert (tmp_path / "demo/report.png").stat().st_size > 10_000
     assert "<!doctype html>" in (tmp_path / "demo/report.html").read_text()
     assert (tmp_path / "demo/memsinks-seed1/dropped/lit_model.pth").is_file()
