@@ -1,7 +1,7 @@
 """What does the released model hold? The shared neurons, and chosen documents' sinks, as a plain LitGPT checkpoint.
 
 The result loads with stock LitGPT, without this package, and is smaller and faster. Weights are written one by one from
-the memory-mapped checkpoint, so that memory does not grow with the model (``docs/release.md``).
+the memory-mapped checkpoint; what memory that takes is in ``docs/release.md``.
 """
 
 import json

@@ -8,6 +8,7 @@ SIGKILL at five moments.
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -54,8 +55,10 @@ class Released:
     command: str
     seconds: float
     """From its first line to its last; starting Python and importing PyTorch come before"""
+    copy_seconds: float
+    """Of copying the checkpoint's file, each time just before"""
     copies: float
-    """The same divided by the time of copying the checkpoint's file"""
+    """Seconds divided by those of the copy before; the median"""
     output_bytes: int
     """Of its files"""
     anonymous_bytes: int
@@ -90,17 +93,14 @@ def release_size(
     make_checkpoint(MemSinksConfig.from_name(model_name), checkpoint_dir)
     try:
         size = (checkpoint_dir / WEIGHTS).stat().st_size
-        copying = sorted(_copy(checkpoint_dir / WEIGHTS, out_dir / "copy") for _ in range(repeats))[repeats // 2]
-        found = [
-            _measure(command, checkpoint_dir, out_dir, copying, repeats) for command in ("drop_sinks", "export_hf")
-        ]
+        found = [_measure(command, checkpoint_dir, out_dir, repeats) for command in COMMANDS]
     finally:
         shutil.rmtree(checkpoint_dir)
-    _print(found, model_name, size, copying)
+    _print(found, model_name, size)
     where = {"date": date.today().isoformat(), "hardware": processor(), "torch": version("torch"), "model": model_name}
     write_json(
         out_dir / "release_size.json",
-        where | {"input_bytes": size, "copy_seconds": copying, "commands": list(map(asdict, found))},
+        where | {"input_bytes": size, "commands": list(map(asdict, found))},
     )
     for one in found:
         if one.memory > MOST_MEMORY or one.copies > MOST_TIME or "a part" in one.killed:
@@ -150,9 +150,10 @@ def _start(command: str, checkpoint_dir: Path, target: Path) -> subprocess.Popen
     return process
 
 
-def _measure(command: str, checkpoint_dir: Path, out_dir: Path, copying: float, repeats: int) -> Released:
-    times, peaks, target = [], [], out_dir / command
+def _measure(command: str, checkpoint_dir: Path, out_dir: Path, repeats: int) -> Released:
+    copies, times, peaks, target = [], [], [], out_dir / command
     for _ in range(repeats):
+        copies.append(_copy(checkpoint_dir / WEIGHTS, out_dir / "copy"))
         process = _start(command, checkpoint_dir, target)
         peak = 0
         while process.poll() is None:
@@ -166,9 +167,17 @@ def _measure(command: str, checkpoint_dir: Path, out_dir: Path, copying: float, 
         peaks.append(peak)
         size = sum(path.stat().st_size for path in target.iterdir())
         shutil.rmtree(target)
-    seconds = sorted(times)[repeats // 2]
-    killed = [_kill(command, checkpoint_dir, out_dir, seconds * moment) for moment in MOMENTS]
-    return Released(command, seconds, seconds / copying, size, max(peaks), max(peaks) / size, killed)
+    seconds = statistics.median(times)
+    return Released(
+        command=command,
+        seconds=seconds,
+        copy_seconds=statistics.median(copies),
+        copies=statistics.median(own / copy for own, copy in zip(times, copies, strict=True)),
+        output_bytes=size,
+        anonymous_bytes=max(peaks),
+        memory=max(peaks) / size,
+        killed=[_kill(command, checkpoint_dir, out_dir, seconds * moment) for moment in MOMENTS],
+    )
 
 
 def _anonymous(process: int) -> int:
@@ -214,15 +223,25 @@ def _is_whole(command: str, target: Path, checkpoint_dir: Path) -> bool:
     return found + config.n_embd * (config.padded_vocab_size or 0) == expected  # tied
 
 
-def _print(found: list[Released], model_name: str, size: int, copying: float) -> None:
-    title = f"{model_name}, {size / 1e9:.2f} GB; copying it takes {copying:.1f} s"
+def _print(found: list[Released], model_name: str, size: int) -> None:
+    title = f"{model_name}, {size / 1e9:.2f} GB"
     table = Table(title=title, title_justify="left")
-    for name in ("command", "seconds", "copies", "output GB", "anonymous GB", "of the output", "after kill -9"):
+    for name in (
+        "command",
+        "seconds",
+        "copying",
+        "copies",
+        "output GB",
+        "anonymous GB",
+        "of the output",
+        "after kill -9",
+    ):
         table.add_column(name, justify="left" if name in ("command", "after kill -9") else "right")
     for one in found:
         table.add_row(
             one.command,
             f"{one.seconds:.1f}",
+            f"{one.copy_seconds:.1f}",
             f"{one.copies:.2f}",
             f"{one.output_bytes / 1e9:.2f}",
             f"{one.anonymous_bytes / 1e9:.2f}",

@@ -64,5 +64,5 @@ def test_both_commands_are_measured_and_killed(monkeypatch, tmp_path):
     for one in found["commands"]:
         assert one["killed"][0] in ("nothing", "the whole")
         assert one["memory"] == pytest.approx(one["anonymous_bytes"] / one["output_bytes"])
-        assert one["copies"] == pytest.approx(one["seconds"] / found["copy_seconds"])
+        assert one["copies"] == pytest.approx(one["seconds"] / one["copy_seconds"])
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["release_size.json"]
