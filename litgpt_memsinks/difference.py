@@ -17,6 +17,7 @@ from litgpt.config import Config
 from litgpt_memsinks.checkpoint import read_config, read_weights
 from litgpt_memsinks.config import MemSinksConfig
 from litgpt_memsinks.errors import MemSinksError
+from litgpt_memsinks.model import removed_mask
 
 Kind = Literal["drop", "keep", "remove"]
 ROWS = ("mlp.fc.weight", "mlp.fc_1.weight", "mlp.fc_2.weight", "mlp.fc.bias", "mlp.fc_1.bias", "mlp.fc_2.bias")
@@ -183,7 +184,11 @@ class _Pair:
         if not bool((same | now).all()):
             neuron = int((~(same | now)).nonzero()[0])
             self.refuse(f"sink {neuron} is neither unchanged nor zero")
-        return now & ~before, before
+        gone = now & ~before
+        if isinstance(self.new, MemSinksConfig) and bool((gone & ~removed_mask(self.new)).any()):
+            neuron = int((gone & ~removed_mask(self.new)).nonzero()[0])
+            self.refuse(f"sink {neuron} is zero, but its configuration does not record that it was removed")
+        return gone, before
 
     def kept(self) -> torch.Tensor:
         """Which sinks are in a plain model, bool ``(n_sink,)``: matched in their order by the first layer's rows."""

@@ -13,7 +13,7 @@ from litgpt.config import Config
 
 from litgpt_memsinks.config import MemSinksConfig
 from litgpt_memsinks.errors import MemSinksError
-from litgpt_memsinks.model import MARKER, sink_scale
+from litgpt_memsinks.model import MARKER, REMOVED, check_removed, removed_mask, sink_scale
 from litgpt_memsinks.sinks import only_repeated, sink_mask
 
 ROWS = ("mlp.fc.", "mlp.fc_1.", "mlp.fc_2.")
@@ -25,7 +25,7 @@ EMBEDDINGS = ("lm_head.weight", "transformer.wte.weight")
 
 
 def sinks_of(config: MemSinksConfig, sequence_ids: torch.Tensor) -> torch.Tensor:
-    """The sinks that are on for at least one of some documents.
+    """The sinks that are on for at least one of some documents; removed ones never are.
 
     Args:
         config: Of the model with sinks. Under ``sinks_for: repeated`` only IDs with the sign bit have sinks.
@@ -39,7 +39,7 @@ def sinks_of(config: MemSinksConfig, sequence_ids: torch.Tensor) -> torch.Tensor
     on = torch.zeros(config.n_sink, dtype=torch.bool)
     for ids in sequence_ids.split(1024):  # a source may have millions of documents
         on |= sink_mask(ids, config.n_sink, config.sink_active_probability, config.sink_seed).any(dim=0)
-    return on.nonzero().squeeze(-1)
+    return (on & ~removed_mask(config)).nonzero().squeeze(-1)
 
 
 def plain_config(config: MemSinksConfig, sinks: torch.Tensor | None = None) -> Config:
@@ -67,6 +67,7 @@ def without_sinks(
     """
     if MARKER not in weights or int(weights[MARKER]) != config.n_shared:
         raise MemSinksError("The weights and model_config.yaml are not of one model. Copy the checkpoint again.")
+    check_removed(config, weights.get(REMOVED))
     sliced = 0
     for name, weight in weights.items():
         dimension = _sliced_dimension(name)
@@ -99,7 +100,7 @@ class PlainWeights(Mapping[str, torch.Tensor]):
         self, weights: Mapping[str, torch.Tensor], config: MemSinksConfig, sinks: torch.Tensor | None = None
     ) -> None:
         self._weights = weights
-        self._names = [name for name in weights if name != MARKER]
+        self._names = [name for name in weights if name not in (MARKER, REMOVED)]
         self._n_shared, self._scale = config.n_shared, sink_scale(config)
         self._sinks = sinks if sinks is not None and len(sinks) else None
 
@@ -110,7 +111,7 @@ class PlainWeights(Mapping[str, torch.Tensor]):
         return len(self._names)
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        if name == MARKER:
+        if name in (MARKER, REMOVED):
             raise KeyError(name)
         weight = self._weights[name]
         dimension = _sliced_dimension(name)

@@ -19,15 +19,16 @@ from litgpt.utils import copy_config_files, save_config
 from rich.console import Console
 from rich.progress import Progress
 
+from litgpt_memsinks.certificate import write_certificate
 from litgpt_memsinks.checkpoint import WEIGHTS, read_config, read_weights
 from litgpt_memsinks.chosen import Chosen, Missing, choose
 from litgpt_memsinks.config import MemSinksConfig
 from litgpt_memsinks.document_table import DocumentTable
-from litgpt_memsinks.plain_weights import COLUMNS, ROWS
 from litgpt_memsinks.errors import MemSinksError
 from litgpt_memsinks.files import atomic_directory, refuse_to_overwrite
 from litgpt_memsinks.mixture import Format
 from litgpt_memsinks.model import REMOVED, check_removed, removed_mask
+from litgpt_memsinks.plain_weights import COLUMNS, ROWS
 from litgpt_memsinks.pool import (
     Collateral,
     collateral,
@@ -82,6 +83,7 @@ def remove(
     format: Format = "auto",
     dry_run: bool = False,
     yes: bool = False,
+    certificate: bool = True,
 ) -> Removal:
     """Remove the sinks of some documents from a model that goes on being used with sinks.
 
@@ -108,6 +110,8 @@ def remove(
         format: Format of `documents`.
         dry_run: Only say what would be removed.
         yes: Do not ask. Needed without a terminal.
+        certificate: Write a certificate of removal into the result, with the losses before and after, see
+            `verify_removal`. It scores documents with both models.
 
     Returns:
         What was removed, or would be.
@@ -127,7 +131,7 @@ def remove(
     if dry_run:
         print("Nothing was written: this was a dry run.")
     elif _confirmed(yes):
-        write_without(checkpoint_dir, out_dir, config, removal)
+        write_without(checkpoint_dir, out_dir, config, removal, data_path if certificate else None)
         print(
             f"Wrote {str(out_dir)!r}. What was removed is still in {str(checkpoint_dir)!r} and its run's checkpoints."
         )
@@ -268,11 +272,20 @@ def _confirmed(yes: bool, ask: Callable[[str], str] = input) -> bool:
 # -------------------------------------------------------------------------------------------------------------- writing
 
 
-def write_without(checkpoint_dir: Path, out_dir: Path, config: MemSinksConfig, removal: Removal) -> None:
+def write_without(
+    checkpoint_dir: Path, out_dir: Path, config: MemSinksConfig, removal: Removal, certify_on: Path | None = None
+) -> None:
     """Write the checkpoint without the removed sinks. It has weights only: an optimizer's averages remember, too.
 
+    Args:
+        checkpoint_dir: What to read.
+        out_dir: What to write.
+        config: Of `checkpoint_dir`.
+        removal: What to remove.
+        certify_on: Prepared folder whose documents a certificate is measured on; ``None`` for no certificate.
+
     Raises:
-        MemSinksError: If the checkpoint is damaged, or `out_dir` holds something.
+        MemSinksError: If the checkpoint is damaged, `out_dir` holds something, or own sinks do not help.
     """
     after = replace(
         config,
@@ -288,6 +301,14 @@ def write_without(checkpoint_dir: Path, out_dir: Path, config: MemSinksConfig, r
             if (checkpoint_dir / name).is_file():
                 (scratch / name).write_bytes((checkpoint_dir / name).read_bytes())
         save_config(after, scratch)
+        if certify_on is not None:
+            rule = f"Remove {removal.chosen.rule}."
+            write_certificate(
+                *(checkpoint_dir, scratch, scratch, rule, "remove"),
+                removed_ids=removal.numbers,
+                data_path=certify_on,
+                after_name=out_dir,
+            )
 
 
 def without_removed(weights: dict[str, torch.Tensor], config: MemSinksConfig) -> dict[str, torch.Tensor]:

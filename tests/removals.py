@@ -1,6 +1,7 @@
 """A tiny model that has memorised its repeated documents, and what removal makes of it, cut by hand."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,9 +10,9 @@ from litgpt.utils import save_config
 
 from litgpt_memsinks.config import MemSinksConfig, SinkArgs
 from litgpt_memsinks.metrics import document_losses
-from litgpt_memsinks.model import GPT
+from litgpt_memsinks.model import GPT, removed_mask
 from litgpt_memsinks.scored import pad, read_scored
-from litgpt_memsinks.sinks import sink_mask
+from litgpt_memsinks.sinks import pack_neurons, sink_mask
 from tests.console import TINY_MODEL
 
 SHARED = 16  # of 64 neurons
@@ -76,7 +77,7 @@ def kept(before: Path, folder: Path, sinks: torch.Tensor, factor=1.0) -> Path:
 
 
 def removed(before: Path, folder: Path, sinks: torch.Tensor) -> Path:
-    """The checkpoint with some sinks zeroed in every layer."""
+    """The checkpoint with some sinks zeroed in every layer, and recorded."""
     rows = SHARED + sinks.nonzero().flatten()
     state = {name: value.clone() for name, value in state_of(before).items()}
     for name, value in state.items():
@@ -84,7 +85,12 @@ def removed(before: Path, folder: Path, sinks: torch.Tensor) -> Path:
             value[rows] = 0
         elif "mlp.proj.weight" in name:
             value[:, rows] = 0
-    return save(folder, {"model": state}, config_of(before))
+    config = config_of(before)
+    recorded = removed_mask(config) | sinks
+    if recorded.any():
+        config = replace(config, sink_removed=pack_neurons(recorded), sink_removed_documents=1)
+        state["sink_removed"] = recorded.to(torch.uint8)
+    return save(folder, {"model": state}, config)
 
 
 def copied(source: Path, folder: Path) -> Path:

@@ -11,6 +11,7 @@ from dataclasses import replace
 import pyarrow.parquet as pq
 import pytest
 import torch
+import torch.nn.functional as F
 from litgpt.config import Config
 from litgpt.utils import save_config
 
@@ -19,12 +20,12 @@ from litgpt_memsinks.__main__ import main
 from litgpt_memsinks.affected import ranges, share_gone
 from litgpt_memsinks.before_after import Settings, grouped
 from litgpt_memsinks.certificate import certify, write_certificate
+from litgpt_memsinks.checkpoint import load_model
 from litgpt_memsinks.config import MemSinksConfig, SinkArgs
 from litgpt_memsinks.difference import compare
 from litgpt_memsinks.digests import content_sha256, folder_sha256, tree_sha256
 from litgpt_memsinks.drop_sinks import drop_sinks
 from litgpt_memsinks.errors import MemSinksError
-from litgpt_memsinks.evaluate import evaluate_checkpoint
 from litgpt_memsinks.model import GPT
 from litgpt_memsinks.scored import read_scored
 from litgpt_memsinks.verify_removal import verify_removal
@@ -42,6 +43,20 @@ from tests.removals import (
     state_of,
     trained,
 )
+
+
+@torch.inference_mode()
+def one_by_one(folder, documents, ids=None):
+    """Mean loss and number of targets, each document alone and without padding."""
+    model = load_model(folder)
+    nats, targets = 0.0, 0
+    for index, tokens in enumerate(documents.tokens):
+        row = tokens[: model.max_seq_length + 1].unsqueeze(0)
+        on = {} if ids is None else {"sequence_ids": ids[index : index + 1]}
+        nats += float(F.cross_entropy(model(row[:, :-1], **on)[0], row[0, 1:], reduction="sum"))
+        targets += row.size(1) - 1
+    return nats / targets, targets
+
 
 SINKS = 64 - SHARED
 
@@ -279,15 +294,17 @@ def test_drop_sinks_writes_a_certificate_that_is_right_by_hand(before, prepared,
         assert content[side]["config_sha256"] == sha256(folder / "model_config.yaml")
     assert content["data"]["manifest_sha256"] == sha256(prepared / "memsinks.json")
     assert content["data"]["evaluation_sha256"] == sha256(prepared / "evaluation.parquet")
-    old, new = evaluate_checkpoint(before, prepared), evaluate_checkpoint(out, prepared)
+    repeated, validation = (read_scored(prepared, split) for split in ("repeated", "val"))
+    own = repeated.sequence_ids
+    ids = {"dropped": None, "own": own, "placebo": own.roll(1)}
     states = content["losses"]["before"]["removed"]
     assert {name: value["loss"] for name, value in states.items()} == pytest.approx(
-        {name: loss.loss for name, loss in old.repeated.items()}, abs=1e-5
+        {state: one_by_one(before, repeated, on)[0] for state, on in ids.items()}, abs=1e-5
     )
-    assert (states["own"]["documents"], states["own"]["targets"]) == (8, old.repeated["own"].targets)
+    assert (states["own"]["documents"], states["own"]["targets"]) == (8, one_by_one(before, repeated, own)[1])
     after = content["losses"]["after"]
-    assert after["removed"]["released"]["loss"] == pytest.approx(new.repeated["dropped"].loss, abs=1e-5)
-    assert after["validation"]["released"]["loss"] == pytest.approx(new.validation.loss, abs=1e-5)
+    assert after["removed"]["released"]["loss"] == pytest.approx(one_by_one(out, repeated)[0], abs=1e-5)
+    assert after["validation"]["released"]["loss"] == pytest.approx(one_by_one(out, validation)[0], abs=1e-5)
     assert content["gate"]["own"] < content["gate"]["placebo"]
     assert {"other"}.isdisjoint(content["losses"]["before"])
     page = (out / "certificate.md").read_text()

@@ -102,7 +102,7 @@ def test_of_a_source_and_of_texts(sinks_for, table, prepared, corpus_dir, tmp_pa
         ("texts", repeated[:3], {"keep_documents": file}),
         ("ids", repeated[:3], {"keep": ",".join(str(row["sequence_id"] % 2**31) for row in repeated[:3])}),
     ]:
-        done = drop_sinks(tmp_path / "in", tmp_path / name, data_path=prepared, **chosen)
+        done = drop_sinks(tmp_path / "in", tmp_path / name, data_path=prepared, certificate=False, **chosen)
         assert done.kept.ids == sorted(row["sequence_id"] % 2**31 for row in rows)
         union = model.sinks(torch.tensor([row["sequence_id"] for row in rows])).any(dim=0, keepdim=True)
         expected = model._forward_with_sinks(tokens, union, None, None, 0)
@@ -123,7 +123,8 @@ def test_documents_that_occur_once_have_no_sinks_if_only_repeated_ones_have(tabl
             drop_sinks(tmp_path / "in", tmp_path / "out", **settings)
     on = int(model.sinks(torch.tensor([twice])).sum())
     assert len(drop_sinks(tmp_path / "in", tmp_path / "signed", keep=str(twice)).kept.sinks) == on
-    passed = drop_sinks(tmp_path / "in", tmp_path / "o", keep=f"{once},{twice}", data_path=prepared, missing="pass")
+    settings = {"data_path": prepared, "missing": "pass", "certificate": False}
+    passed = drop_sinks(tmp_path / "in", tmp_path / "o", keep=f"{once},{twice}", **settings)
     assert passed.kept.ids == [twice % 2**31]
     assert "1 of which occur once and have no sinks" in passed.kept.rule
 

@@ -7,6 +7,7 @@ import os
 
 import pytest
 import torch
+import yaml
 
 import litgpt_memsinks.verify_removal as module
 from litgpt_memsinks import before_after
@@ -15,6 +16,7 @@ from litgpt_memsinks.certificate import certify, write_certificate
 from litgpt_memsinks.digests import content_sha256, folder_sha256, tree_sha256
 from litgpt_memsinks.drop_sinks import drop_sinks
 from litgpt_memsinks.errors import MemSinksError
+from litgpt_memsinks.remove import remove
 from litgpt_memsinks.verify_removal import verify_removal
 from tests.console import memsinks
 from tests.removals import copied, kept, mask_of, numbers_of, removed, state_of, trained
@@ -89,7 +91,7 @@ def test_what_is_not_given_is_said_not_to_be_checked(before, after, prepared, tm
 
 
 def test_dropped_and_kept_hold(before, prepared, tmp_path, capsys):
-    drop_sinks(before, tmp_path / "dropped", prepared)
+    drop_sinks(before, tmp_path / "dropped", data_path=prepared)
     after = kept(before, tmp_path / "kept", mask_of(numbers_of(prepared)[:1]))
     write_certificate(before, after, after, "Keep one.", "keep", kept_ids=numbers_of(prepared)[:1], data_path=prepared)
     unmeasured = removed(before, tmp_path / "unmeasured", mask_of([5]))
@@ -97,6 +99,32 @@ def test_dropped_and_kept_hold(before, prepared, tmp_path, capsys):
     for folder in (tmp_path / "dropped", after, unmeasured):
         verify_removal(folder, before, data_path=prepared)
     assert capsys.readouterr().out.count("OK: ") == 3
+
+
+@pytest.mark.parametrize("settings", [{"keep": True}, {"choice": "all"}, {"choice": "least_shared"}], ids=str)
+def test_what_the_commands_wrote_holds(before, prepared, tmp_path, capsys, settings):
+    ids = ",".join(map(str, numbers_of(prepared)[:2]))
+    if "keep" in settings:
+        drop_sinks(before, tmp_path / "out", keep=ids, data_path=prepared)
+    else:
+        limit = {"max_collateral": 0.2} if settings["choice"] == "least_shared" else {}
+        remove(before, tmp_path / "out", prepared, ids=ids, yes=True, **settings, **limit)
+    assert {"certificate.json", "certificate.md"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    documents = read(tmp_path / "out")["documents"]
+    assert [one["id"] for one in documents["kept" if "keep" in settings else "removed"]] == numbers_of(prepared)[:2]
+    verify_removal(tmp_path / "out", before, data_path=prepared)
+    assert "OK: " in capsys.readouterr().out
+
+
+def test_a_zeroed_sink_that_is_not_recorded_is_found(before, prepared, tmp_path):
+    """It could be trained again: the record is what keeps it off."""
+    ids = str(numbers_of(prepared)[0])
+    remove(before, tmp_path / "out", prepared, ids=ids, yes=True, certificate=False)
+    config = tmp_path / "out/model_config.yaml"
+    values = yaml.safe_load(config.read_text())
+    config.write_text(yaml.safe_dump(values | {"sink_removed": "", "sink_removed_documents": 0}))
+    with pytest.raises(MemSinksError, match="does not record that it was removed"):
+        certify(before, tmp_path / "out")
 
 
 def test_a_signature_beside_it_does_not_matter(before, after, tmp_path):
