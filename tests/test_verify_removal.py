@@ -284,6 +284,28 @@ def test_every_key_that_is_missing_or_of_another_kind_is_one_line(after, tmp_pat
     assert "too much" in refused(tmp_path)
 
 
+def test_a_key_that_is_there_twice_is_refused(after, tmp_path):
+    text = (after / "certificate.json").read_text()
+    (tmp_path / "certificate.json").write_text(text.replace('"rule":', '"rule": "Drop everything.", "rule":', 1))
+    assert "a key is there twice" in refused(tmp_path)
+
+
+@pytest.mark.parametrize("number", [0, -1, 2**31])
+def test_an_id_that_no_document_can_have_is_refused(number, after, tmp_path):
+    content = read(after)
+    content["documents"]["removed"][0]["id"] = number
+    forge(tmp_path, content)
+    assert "documents.removed is missing, of another kind or too much" in refused(tmp_path)
+
+
+def test_escape_sequences_do_not_reach_the_terminal(before, after, tmp_path, capsys):
+    content = read(after)
+    content["before"]["weights_sha256"] = "\x1b[2J"
+    forge(tmp_path, content)
+    assert "before, weights SHA-256" in refused(tmp_path, "--before", before)
+    assert "\x1b" not in capsys.readouterr().out
+
+
 def test_no_certificate_is_one_line(tmp_path):
     assert "There is no certificate" in refused(tmp_path)
     assert "There is no certificate" in refused(tmp_path / "nothing.json")
