@@ -279,7 +279,7 @@ def test_plain_checkpoint_before_is_refused(tmp_path):
 
 def test_drop_sinks_writes_a_certificate_that_is_right_by_hand(before, prepared, tmp_path):
     out = tmp_path / "mine/dropped"
-    drop_sinks(before, out, prepared)
+    drop_sinks(before, out, data_path=prepared)
     content = read(out)
     digest = content.pop("content_sha256")
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
@@ -422,7 +422,7 @@ def test_data_of_another_model_is_refused_and_nothing_written(before, prepared, 
     with pytest.raises(
         MemSinksError, match=r"own sinks on, 8 repeated documents have a loss of .*Nothing is cert"
     ) as error:
-        drop_sinks(other, tmp_path / "out", prepared)
+        drop_sinks(other, tmp_path / "out", data_path=prepared)
     assert "\n" not in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["other"]
 
@@ -441,7 +441,7 @@ def test_a_loss_that_is_no_number_is_refused(before, prepared, tmp_path):
     state["transformer.ln_f.weight"][0] = math.nan
     torch.save({"model": state}, broken / "lit_model.pth")
     with pytest.raises(MemSinksError, match="is nan: its weights are no use"):
-        drop_sinks(broken, tmp_path / "out", prepared)
+        drop_sinks(broken, tmp_path / "out", data_path=prepared)
 
 
 @pytest.mark.parametrize(
