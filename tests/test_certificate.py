@@ -432,7 +432,7 @@ def test_tokens_beyond_the_vocabulary_are_refused(before, prepared, tmp_path):
     manifest = json.loads((data / "memsinks.json").read_text()) | {"max_token": 512}
     (data / "memsinks.json").write_text(json.dumps(manifest))
     with pytest.raises(MemSinksError, match="holds token 512, but"):
-        drop_sinks(before, tmp_path / "out", data)
+        drop_sinks(before, tmp_path / "out", data_path=data)
 
 
 def test_a_loss_that_is_no_number_is_refused(before, prepared, tmp_path):
