@@ -104,6 +104,8 @@ def test_checkpoint_carries_its_configuration_and_tokenizer(sink_run, prepared):
         "sink_sinks_for": "all",
         "sink_scale": "none",
         "sink_mask_version": 1,
+        "sink_removed": "",
+        "sink_removed_documents": 0,
     }
     assert (final / "tokenizer.json").read_bytes() == (prepared / "tokenizer/tokenizer.json").read_bytes()
 

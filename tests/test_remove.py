@@ -23,6 +23,7 @@ from litgpt_memsinks.__main__ import main
 from litgpt_memsinks.checkpoint import load_model, read_config, read_weights
 from litgpt_memsinks.drop_sinks import drop_sinks
 from litgpt_memsinks.errors import MemSinksError
+from litgpt_memsinks.launch import FullyShardedStrategy
 from litgpt_memsinks.model import GPT, removed_mask
 from litgpt_memsinks.pretrain import check_same_sinks, describe, with_removed
 from litgpt_memsinks.sinks import pack_neurons, unpack_neurons
@@ -502,3 +503,12 @@ def test_a_record_of_another_model_is_refused(record: Any, documents: int, tiny_
 def test_nothing_is_stored_while_nothing_is_removed() -> None:
     assert "sink_removed" not in build(SINKS).state_dict()
     assert TINY_MODEL["intermediate_size"] == 64
+
+
+def test_sharded_loading_does_not_bring_it_back_either(
+    checkpoint: Path, tmp_path: Path, prepared: Path, repeated: list[int]
+) -> None:
+    remove(checkpoint, tmp_path / "out", prepared, ids=str(repeated[0]), yes=True)
+    strategy = FullyShardedStrategy(1, 2, None)
+    with pytest.raises(MemSinksError, match="of one checkpoint"):
+        strategy.load_checkpoint(tmp_path / "out/lit_model.pth", load_model(checkpoint))
