@@ -125,17 +125,18 @@ def verdict(results: Results) -> Verdict:
     """Fail if a file fails, else pass if one passes; no verdict if none judges."""
     judged = results.verdicts
     checks = [(path.name if len(judged) > 1 else "", found.get("checks") or []) for path, found in judged]
-    by_state: dict[Any, list[str]] = {True: [], False: [], None: []}
+    by_state: dict[Any, dict[str, None]] = {True: {}, False: {}, None: {}}  # names, each once, in order
     for check in (check for _, of_file in checks for check in of_file):
-        by_state[check.get("pass")].append(spoken(str(check.get("name"))))
-    subject, known = spoken(results.subject), len(by_state[True]) + len(by_state[False])
+        by_state[check.get("pass")][spoken(str(check.get("name")))] = None
+    subject, known = spoken(results.subject), len({**by_state[True], **by_state[False]})
     if any(found.get("pass") is False for _, found in judged):
-        missed = ", ".join(dict.fromkeys(by_state[False]))
+        missed = ", ".join(by_state[False])
         return Verdict(
             "Fail", "fail", f"{subject} misses {len(by_state[False])} of {known} thresholds: {missed}.", checks
         )
     if any(found.get("pass") for _, found in judged):
-        left = f"; {len(by_state[None])} could not be checked" if by_state[None] else ""
+        unknown = len(by_state[None].keys() - by_state[True].keys())
+        left = f"; {unknown} could not be checked" if unknown else ""
         return Verdict("Pass", "pass", f"{subject} meets all {known} thresholds{left}.", checks)
     lacking = {role: words for role, words in REFERENCES.items() if results.role(role) is None}
     options = " ".join(f"--{role} DIR" for role in lacking)
