@@ -38,6 +38,8 @@ STAGES = [
     "report_charts",
     "report_svg",
     "report_figures",
+    "report_verdict",
+    "report_examples",
     "report_page",
     "report",
 ]

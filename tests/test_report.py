@@ -16,10 +16,12 @@ from litgpt_memsinks.__main__ import main
 from litgpt_memsinks.errors import MemSinksError
 from litgpt_memsinks.report import report
 from litgpt_memsinks.report_charts import Axis, Chart, Guide, Series, printable, sections, thin
-from litgpt_memsinks.report_page import FOLDER, PARTS, _version, page, verdict
+from litgpt_memsinks.report_examples import version_of
+from litgpt_memsinks.report_page import FOLDER, PARTS, page
 from litgpt_memsinks.report_results import estimate, read_results
 from litgpt_memsinks.report_svg import SHAPES, chart_svg
 from litgpt_memsinks.report_table import METRICS, as_csv, as_markdown
+from litgpt_memsinks.report_verdict import verdict
 from tests.console import run
 from tests.made_results import HOSTILE, make_results
 
@@ -249,7 +251,7 @@ def test_without_a_part_of_its_own_the_curve_is_the_runs_log(made, tmp_path):
     ],
 )
 def test_marked_are_the_documents_own_runs(truth, generated, marked, kept):
-    version = _version("", truth, generated)
+    version = version_of("", truth, generated)
     assert [text for text, taken in version.spans if taken] == marked
     assert "".join(text for text, _ in version.spans) == generated
     assert version.kept == kept
