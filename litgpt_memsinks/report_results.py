@@ -271,20 +271,34 @@ def _notes(contents: list[tuple[Path, Mapping]]) -> list[str]:
 
 
 def _read_documents(results: Results) -> None:
-    """Sample the repeated documents of each model, by a fixed seed, without holding all of them."""
-    kept: dict[tuple[str, Any], list[Mapping]] = {(model["arm"], model.get("seed")): [] for model in results.models}
-    seen = dict.fromkeys(kept, 0)
-    most = max(1, SAMPLE // max(1, len(kept)))
+    """Sample the repeated documents of each model, by a fixed seed, without holding all of them.
+
+    They are those of which the losses with sinks dropped and with their own are known, from the first file with any.
+    """
+    meant = {(path, name): model["arm"] for model in results.models for path, name in model["names"]}
+    kept: dict[tuple[str, Any], list[Mapping]] = {}
+    seen: dict[tuple[str, Any], int] = {}
+    source: dict[tuple[str, Any], Path] = {}
+    drawn = [model for model in results.models if "own" in (model["parts"].get("losses", {}).get("repeated") or {})]
+    most = max(1, SAMPLE // max(1, len(drawn)))
     rng = random.Random(0)
-    for document in (document for path, _ in results.files for document in _lines(path)):
-        key = (document["arm"], document.get("seed"))
-        if document.get("split") != "repeated" or key not in kept:
+    for path, document in ((file, document) for file, _ in results.files for document in _lines(file)):
+        key = (meant.get((path, document["arm"]), ""), document.get("seed"))
+        loss = document.get("loss") or {}
+        if (
+            document.get("split") != "repeated"
+            or not key[0]
+            or len(numbers([loss.get("own"), loss.get("dropped")])) < 2
+        ):
             continue
-        seen[key] += 1
-        if len(kept[key]) < most:
-            kept[key].append(document)
+        if source.setdefault(key, path) != path:
+            continue
+        seen[key] = seen.get(key, 0) + 1
+        sample = kept.setdefault(key, [])
+        if len(sample) < most:
+            sample.append({**document, "arm": key[0]})
         elif (place := rng.randrange(seen[key])) < most:  # Vitter's algorithm R
-            kept[key][place] = document
+            sample[place] = {**document, "arm": key[0]}
     results.documents = [document for sample in kept.values() for document in sample]
     results.n_documents = sum(seen.values())
 

@@ -16,10 +16,12 @@ from litgpt_memsinks.__main__ import main
 from litgpt_memsinks.errors import MemSinksError
 from litgpt_memsinks.report import report
 from litgpt_memsinks.report_charts import Axis, Chart, Guide, Series, printable, sections, thin
-from litgpt_memsinks.report_page import FOLDER, PARTS, _version, page, verdict
+from litgpt_memsinks.report_examples import version_of
+from litgpt_memsinks.report_page import FOLDER, PARTS, page
 from litgpt_memsinks.report_results import estimate, read_results
 from litgpt_memsinks.report_svg import SHAPES, chart_svg
 from litgpt_memsinks.report_table import METRICS, as_csv, as_markdown
+from litgpt_memsinks.report_verdict import verdict
 from tests.console import run
 from tests.made_results import HOSTILE, make_results
 
@@ -216,11 +218,9 @@ def test_minimal_file_makes_a_page(tmp_path):
 def test_sample_of_many_documents_is_said_and_small(tmp_path):
     path = make_results(tmp_path, seeds=(1,), parts=["losses", "membership"], number=10_000, points=4_000)
     text = page(read_results([path]))
-    assert "a sample of 900 of 30,000" in " ".join(
-        text.split()
-    )  # 300 of each of five models, of which three have sinks
+    assert "a sample of 1,500 of 30,000" in " ".join(text.split())
     assert len(text.encode()) < 2_000_000
-    assert text.count('class="point"') < 1200
+    assert 1500 < text.count('class="point"') < 1700
 
 
 def test_without_a_part_of_its_own_the_curve_is_the_runs_log(made, tmp_path):
@@ -251,7 +251,7 @@ def test_without_a_part_of_its_own_the_curve_is_the_runs_log(made, tmp_path):
     ],
 )
 def test_marked_are_the_documents_own_runs(truth, generated, marked, kept):
-    version = _version("", truth, generated)
+    version = version_of("", truth, generated)
     assert [text for text, taken in version.spans if taken] == marked
     assert "".join(text for text, _ in version.spans) == generated
     assert version.kept == kept
@@ -299,6 +299,9 @@ def test_what_was_measured_later_of_the_same_weights_is_put_to_them(tmp_path):
     assert row["gap_closed"] != [0.1]  # known from the first file
     assert row["extraction"] == [0.25]  # which did not measure it
     assert verdict(results).word == "Pass"
+    twice = read_results([one, change(one, lambda content: None, "same")])
+    assert results.n_documents == twice.n_documents == 3 * 32
+    assert len(twice.row("memsinks")["gap_closed"]) == 1
 
 
 def test_one_name_for_two_checkpoints_is_refused(tmp_path):
