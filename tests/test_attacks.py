@@ -8,6 +8,7 @@ import torch
 from litgpt.generate.base import generate
 from litgpt.model import GPT as BaseGPT
 
+from litgpt_memsinks import extraction
 from litgpt_memsinks.bootstrap import Bootstrap
 from litgpt_memsinks.drop_sinks import without_sinks
 from litgpt_memsinks.extraction import Attempt, attempts, continue_greedily, long_enough, measure_extraction
@@ -114,6 +115,13 @@ def test_known_documents_are_extracted_and_others_are_not():
     assert own["generated"][0] == scored.tokens[0][32:64].tolist()
     assert wrong["exact"] == [0.0, 0.0, 0.0]
     assert wrong["generated"][1] == own["generated"][0]  # prompted with its predecessor's beginning
+
+
+def test_batches_keep_documents_and_sinks_together(monkeypatch):
+    model, scored = sink_model().eval(), documents(64, 64, 64)
+    whole = measure_extraction(model, scored, seed=0)
+    monkeypatch.setattr(extraction, "BATCH_SIZE", 2)
+    assert measure_extraction(model, scored, seed=0) == whole
 
 
 # ----------------------------------------------------------------------------------------------------------- membership

@@ -212,6 +212,15 @@ def test_other_settings_are_measured_anew(changed, prepared, tmp_path):
     assert len(list((tmp_path / "kept").iterdir())) == 2
 
 
+def test_other_masks_on_the_same_weights_are_measured_anew(prepared, tmp_path):
+    kept, asked, losses = battery.Kept(tmp_path / "kept"), ask_prepared(prepared, 2), []
+    for seed in (0, 1):
+        subject = Subject.at("a", checkpoint(tmp_path / str(seed), sink_model(seed=seed)))
+        measured = battery.measure(subject, asked, battery.Plan(("losses",), 32), "cpu", kept, True)
+        losses.append(measured.found["losses"]["repeated"]["own"]["nats"])
+    assert losses[0] != losses[1]
+
+
 def test_curve_has_a_point_for_each_checkpoint(prepared, tmp_path):
     for step, seed in ((10, 0), (2, 1)):
         folder = checkpoint(tmp_path / f"run/step-{step:08d}", sink_model(seed=seed))
