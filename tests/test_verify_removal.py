@@ -110,8 +110,8 @@ def test_what_the_commands_wrote_holds(before, prepared, tmp_path, capsys, setti
         limit = {"max_collateral": 0.2} if settings["choice"] == "least_shared" else {}
         remove(before, tmp_path / "out", prepared, ids=ids, yes=True, **settings, **limit)
     assert {"certificate.json", "certificate.md"} <= {path.name for path in (tmp_path / "out").iterdir()}
-    documents = read(tmp_path / "out")["documents"]
-    assert [one["id"] for one in documents["kept" if "keep" in settings else "removed"]] == sorted(numbers_of(prepared)[:2])
+    named = read(tmp_path / "out")["documents"]["kept" if "keep" in settings else "removed"]
+    assert [one["id"] for one in named] == sorted(numbers_of(prepared)[:2])
     verify_removal(tmp_path / "out", before, data_path=prepared)
     assert "OK: " in capsys.readouterr().out
 
