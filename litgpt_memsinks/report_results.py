@@ -163,8 +163,6 @@ def read_results(paths: list[Path]) -> Results:
 def _read(path: Path) -> Mapping:
     try:
         content = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
-        if "seeds" in content and content["seeds"] and content["comparison"]:
-            content = _from_format_1(content)
         if content["format"] == 2 and content["models"]:
             for model in content["models"]:
                 model["parts"] = {name: part for name, part in (model.get("parts") or {}).items() if part}
@@ -178,32 +176,6 @@ def _read(path: Path) -> Mapping:
     except (ValueError, KeyError, TypeError, AttributeError, IsADirectoryError):
         pass
     raise MemSinksError(f"{str(path)!r} is not a result file of `litgpt-memsinks evaluate`. Name its --out_file.")
-
-
-def _from_format_1(content: Mapping) -> Mapping:
-    """A file of before parts were named: one mapping from arm to losses per seed."""
-    models = []
-    for seed, results in enumerate(content["seeds"], 1):
-        for arm, result in results.items():
-            losses = {
-                "validation": {
-                    "dropped": {"value": result["validation"]["loss"], "n": result["validation"]["documents"]}
-                },
-                "repeated": {
-                    state: {"value": loss["loss"], "n": loss["documents"]} for state, loss in result["repeated"].items()
-                },
-            }
-            model = {
-                "arm": arm,
-                "seed": seed if len(content["seeds"]) > 1 else None,
-                "role": arm if arm in ("standard", "left_out") else None,
-                "checkpoint_dir": result["checkpoint_dir"],
-                "sinks": {} if result["has_sinks"] else None,
-                "parts": {"losses": losses},
-            }
-            models.append(model)
-    data = {"path": content.get("data_path")}
-    return {**content, "format": 2, "models": models, "data": data}
 
 
 def _merge_models(contents: list[tuple[Path, Mapping]]) -> list[Mapping]:
