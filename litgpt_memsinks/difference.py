@@ -4,6 +4,7 @@ Nothing that is claimed is believed: all weights are compared bit by bit, and wh
 the names of the sliced weights are stated here again, apart from `drop_sinks.py`.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -172,14 +173,14 @@ class _Pair:
         """Which sinks are zero in every tensor, bool ``(n_sink,)``."""
         empty = torch.ones(self.old.n_sink, dtype=torch.bool)
         for _, rows in self.sinks(weights):
-            empty &= (rows.reshape(len(rows), -1) == 0).all(1)
+            empty &= _by_neuron(rows == 0).all(1)
         return empty
 
     def zeroed(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Which sinks are zero now and were not, and which were zero before; all others must be bit-identical."""
         same = torch.ones(self.old.n_sink, dtype=torch.bool)
         for (_, old), (_, new) in zip(self.sinks(self.old_weights), self.sinks(self.new_weights), strict=True):
-            same &= (_bits(old) == _bits(new)).reshape(len(same), -1).all(1)
+            same &= _by_neuron(_bits(old) == _bits(new)).all(1)
         before, now = self.empty(self.old_weights), self.empty(self.new_weights)
         if not bool((same | now).all()):
             neuron = int((~(same | now)).nonzero()[0])
@@ -224,6 +225,11 @@ class _Pair:
         return [
             b"".join(xxhash.xxh3_128_digest(rows[index].data) for rows in bytes_of) for index in range(len(first[0]))
         ]
+
+
+def _by_neuron(values: torch.Tensor) -> torch.Tensor:
+    """A row per neuron, of weights or biases; also if there is none."""
+    return values.reshape(len(values), math.prod(values.shape[1:]))
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -135,7 +135,7 @@ def write_shards(weights: Mapping[str, torch.Tensor], config: Config, convert: R
         folder: To write into.
 
     Returns:
-        Bytes of all weights.
+        Bytes of the files.
     """
     dtype = next(iter(weights.values())).dtype
     with torch.device("meta"):  # what becomes of each weight is found out without its numbers
@@ -153,11 +153,12 @@ def write_shards(weights: Mapping[str, torch.Tensor], config: Config, convert: R
             if new in wanted
         }
         save_file(shard, folder / file, metadata={"format": "pt"})
+        shutil.copymode(folder / "config.json", folder / file)  # safetensors lets the owner alone read it
         del shard
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         write_json(folder / "model.safetensors.index.json", index)
-    return int(plan.metadata["total_size"])
+    return sum((folder / file).stat().st_size for file in plan.filename_to_tensors)
 
 
 # ----------------------------------------------------------------------------------------------- tokenizer, text files

@@ -1,12 +1,18 @@
 """What several test modules need, made once per session. Tests read these folders and never write into them."""
 
+import os
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, and threads that wait for a core cost minutes
+
 import pytest
+import torch
 from litgpt import Config
 
 from litgpt_memsinks.corpus import stories, train_tokenizer, write_corpus
 from litgpt_memsinks.prepare import prepare
+
+torch.set_num_threads(1)  # where PyTorch was imported before
 
 
 @pytest.fixture(scope="session")

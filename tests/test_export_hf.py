@@ -66,7 +66,7 @@ for folder in sorted(Path(sys.argv[1]).glob("*/hf")):
     print(folder.parent.name, type(model).__name__, difference, tied, torch.equal(generated[0], expected["generated"]))
 tokenizer = AutoTokenizer.from_pretrained(folder)
 print([tokenizer(text).input_ids for text in eval(sys.argv[2])], tokenizer.eos_token_id)
-print(sorted(name for name in sys.modules if "litgpt" in name))
+print(sorted(name for name in sys.modules if name.split(".")[0] in ("litgpt", "litgpt_memsinks")))
 """
 
 
@@ -256,6 +256,9 @@ def test_command(tmp_path):
     save(tmp_path / "in")
     output = memsinks("export_hf", tmp_path / "in", tmp_path / "out", "--keep", "5").stdout
     assert "is a folder for transformers" in output
+    files = [tmp_path / "out" / name for name in ("model.safetensors", "config.json")]
+    assert len({file.stat().st_mode for file in files}) == 1  # who may read one may read the other
+    assert f"({files[0].stat().st_size / 1e6:,.1f} MB" in output
     again = memsinks("export_hf", tmp_path / "in", tmp_path / "out", check=False)
     assert again.returncode == 1
     assert again.stdout.startswith("Error: ")
