@@ -78,7 +78,7 @@ def test_finetuning(method, dropped, tmp_path):
     (tmp_path / "data.json").write_text(json.dumps(examples))
     settings = FINETUNING | {"data.json_path": str(tmp_path / "data.json"), "out_dir": str(tmp_path / "out")}
     arguments = [word for name, value in settings.items() for word in (f"--{name}", value)]
-    litgpt(method, dropped, *arguments, **NOT_AUTOLOADED)
+    litgpt(method, dropped, *arguments, imported=(), **NOT_AUTOLOADED)  # as where we are not installed
     before = torch.load(dropped / "lit_model.pth", weights_only=True)
     after = torch.load(tmp_path / "out/final/lit_model.pth", weights_only=True)
     after = after.get("model", after)
