@@ -3,7 +3,6 @@
 Names of the weights are those of LitGPT's own converter. Nothing in the folder needs this package or LitGPT.
 """
 
-import hashlib
 import json
 import shutil
 import time
@@ -23,6 +22,7 @@ from safetensors.torch import save_file
 from litgpt_memsinks.checkpoint import WEIGHTS, check_fits, read_config, read_weights
 from litgpt_memsinks.chosen import Missing
 from litgpt_memsinks.config import MemSinksConfig
+from litgpt_memsinks.digests import file_sha256
 from litgpt_memsinks.drop_sinks import Dropped, own_storage, progress, summary
 from litgpt_memsinks.errors import MemSinksError
 from litgpt_memsinks.files import atomic_directory, write_json
@@ -109,15 +109,6 @@ def _export(checkpoint_dir: Path, config: Config, keep: KeepArgs) -> _Export:
     check_fits(checkpoint_dir, stored, config)
     hf_config(plain, False, torch.float32)  # refuses before the large file is read
     return _Export(plain, weights, tied(weights), said, str(checkpoint_dir))
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's content, in hex."""
-    found = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            found.update(block)
-    return found.hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------------------- weights

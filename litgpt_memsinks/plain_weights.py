@@ -68,21 +68,35 @@ def without_sinks(
     if MARKER not in weights or int(weights[MARKER]) != config.n_shared:
         raise MemSinksError("The weights and model_config.yaml are not of one model. Copy the checkpoint again.")
     check_removed(config, weights.get(REMOVED))
-    sliced = 0
-    for name, weight in weights.items():
-        dimension = _sliced_dimension(name)
-        if dimension is None:
-            continue
-        if weight.size(dimension) != config.intermediate_size:
-            raise MemSinksError(
-                f"{name} has shape {tuple(weight.shape)}, but intermediate_size is {config.intermediate_size}. The "
-                "weights and model_config.yaml are not of one model."
-            )
-        sliced += weight.dim() == 2
-    expected = config.n_layer * (2 if config.mlp_class_name == "GptNeoxMLP" else 3)
-    if sliced != expected:
-        raise MemSinksError(f"{sliced} MLP weights were found, but the model has {expected}. The file is not of it.")
+    neuron_dimensions(weights, config)
     return PlainWeights(weights, config, sinks)
+
+
+def neuron_dimensions(weights: Mapping[str, torch.Tensor], config: MemSinksConfig) -> dict[str, int]:
+    """Which weights and biases have one entry per hidden neuron, and along which dimension.
+
+    Args:
+        weights: State dict of a model with sinks.
+        config: Its configuration.
+
+    Returns:
+        Name of each to the dimension of size ``intermediate_size``.
+
+    Raises:
+        MemSinksError: If one is missing or has another shape than the configuration says.
+    """
+    found = {name: place for name in weights if (place := _sliced_dimension(name)) is not None}
+    for name, dimension in found.items():
+        if weights[name].size(dimension) != config.intermediate_size:
+            raise MemSinksError(
+                f"{name} has shape {tuple(weights[name].shape)}, but intermediate_size is {config.intermediate_size}. "
+                "The weights and model_config.yaml are not of one model."
+            )
+    matrices = sum(weights[name].dim() == 2 for name in found)
+    expected = config.n_layer * (2 if config.mlp_class_name == "GptNeoxMLP" else 3)
+    if matrices != expected:
+        raise MemSinksError(f"{matrices} MLP weights were found, but the model has {expected}. The file is not of it.")
+    return found
 
 
 class PlainWeights(Mapping[str, torch.Tensor]):

@@ -28,7 +28,7 @@ from litgpt_memsinks.errors import MemSinksError
 from litgpt_memsinks.files import atomic_directory, refuse_to_overwrite
 from litgpt_memsinks.mixture import Format
 from litgpt_memsinks.model import REMOVED, check_removed, removed_mask
-from litgpt_memsinks.plain_weights import COLUMNS, ROWS
+from litgpt_memsinks.plain_weights import neuron_dimensions
 from litgpt_memsinks.pool import (
     Collateral,
     collateral,
@@ -326,20 +326,7 @@ def without_removed(weights: dict[str, torch.Tensor], config: MemSinksConfig) ->
     """
     neurons = config.n_shared + removed_mask(config).nonzero().flatten()
     result = dict(weights)
-    changed = 0
-    for name, weight in weights.items():
-        dimension = 0 if any(part in name for part in ROWS) else 1 if name.endswith(COLUMNS) else None
-        if dimension is None:
-            continue
-        if weight.size(dimension) != config.intermediate_size:
-            raise MemSinksError(
-                f"{name} has shape {tuple(weight.shape)}, but intermediate_size is {config.intermediate_size}. The "
-                "weights and model_config.yaml are not of one model."
-            )
-        result[name] = weight.index_fill(dimension, neurons, 0)
-        changed += weight.dim() == 2
-    expected = config.n_layer * (2 if config.mlp_class_name == "GptNeoxMLP" else 3)
-    if changed != expected:
-        raise MemSinksError(f"{changed} MLP weights were found, but the model has {expected}. The file is not of it.")
+    for name, dimension in neuron_dimensions(weights, config).items():
+        result[name] = weights[name].index_fill(dimension, neurons, 0)
     result[REMOVED] = removed_mask(config).to(torch.uint8)
     return result
