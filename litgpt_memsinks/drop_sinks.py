@@ -25,7 +25,7 @@ from litgpt_memsinks.errors import MemSinksError
 from litgpt_memsinks.files import atomic_directory, write_json
 from litgpt_memsinks.hf_config import hf_config
 from litgpt_memsinks.kept import KeepArgs, Kept, kept
-from litgpt_memsinks.plain_weights import plain_config, tied, without_sinks
+from litgpt_memsinks.plain_weights import alone, plain_config, tied, without_sinks
 
 
 @dataclass
@@ -136,16 +136,10 @@ def save_weights(weights: Mapping[str, torch.Tensor], path: Path) -> None:
     with incremental_save(path) as saver:
         for name in progress(weights, "Writing the weights"):
             if name != again:
-                stored[name] = saver.store_early(own_storage(weights[name]))
+                stored[name] = saver.store_early(alone(weights[name]))
         if again is not None:
             stored[again] = stored["lm_head.weight"]
         saver.save(stored)
-
-
-def own_storage(weight: torch.Tensor) -> torch.Tensor:
-    """The tensor, contiguous and alone in its storage, which files hold whole."""
-    alone = weight.is_contiguous() and weight.untyped_storage().nbytes() == weight.nbytes
-    return weight if alone else weight.clone(memory_format=torch.contiguous_format)
 
 
 def progress(names: Iterable[str], doing: str) -> Iterable[str]:

@@ -23,12 +23,12 @@ from litgpt_memsinks.checkpoint import WEIGHTS, check_fits, read_config, read_we
 from litgpt_memsinks.chosen import Missing
 from litgpt_memsinks.config import MemSinksConfig
 from litgpt_memsinks.digests import file_sha256
-from litgpt_memsinks.drop_sinks import Dropped, own_storage, progress, summary
+from litgpt_memsinks.drop_sinks import Dropped, progress, summary
 from litgpt_memsinks.errors import MemSinksError
 from litgpt_memsinks.files import atomic_directory, write_json
 from litgpt_memsinks.hf_config import Renamed, hf_config, renamed
 from litgpt_memsinks.kept import KeepArgs, kept
-from litgpt_memsinks.plain_weights import plain_config, tied, without_sinks
+from litgpt_memsinks.plain_weights import alone, plain_config, tied, without_sinks
 from litgpt_memsinks.version import __version__
 
 SHARD_BYTES = 5 * 10**9
@@ -138,7 +138,7 @@ def write_shards(weights: Mapping[str, torch.Tensor], config: Config, convert: R
     for file, names in plan.filename_to_tensors.items():
         wanted = set(names)
         shard = {
-            new: own_storage(one)
+            new: alone(one)
             for name in progress(dict.fromkeys(origin[new] for new in names), f"Writing {file}")
             for new, one in convert({name: weights[name]}).items()
             if new in wanted

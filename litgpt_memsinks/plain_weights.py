@@ -133,12 +133,25 @@ class PlainWeights(Mapping[str, torch.Tensor]):
             return weight
         shared = weight.narrow(dimension, 0, self._n_shared)
         if self._sinks is None:
-            # a copy, so that the sinks' numbers are not saved along with the storage of the slice
-            return shared.clone(memory_format=torch.contiguous_format)
+            return alone(shared)  # the sinks' numbers are not saved along with the storage of the slice
         kept = weight.index_select(dimension, self._n_shared + self._sinks)
         if dimension == 1 and self._scale != 1.0:
             kept = kept * self._scale  # what `switch_sinks` does to the activations
         return torch.cat((shared, kept), dim=dimension)
+
+
+def alone(weight: torch.Tensor) -> torch.Tensor:
+    """The tensor, contiguous and the only one in its storage, which files hold whole.
+
+    Numbers that lie together, such as the first rows of a memory-mapped weight, are not copied: the same memory gets a
+    storage that ends with them. Fresh memory costs more time than writing the numbers.
+    """
+    if weight.is_contiguous() and weight.untyped_storage().nbytes() == weight.nbytes:
+        return weight
+    if not weight.is_contiguous() or weight.dim() == 0 or weight.device.type != "cpu":
+        return weight.clone(memory_format=torch.contiguous_format)
+    numbers = weight.detach().view(torch.uint8).numpy()  # NumPy has no bfloat16
+    return torch.frombuffer(numbers, dtype=weight.dtype).view(weight.shape)
 
 
 def tied(weights: Mapping[str, torch.Tensor]) -> bool:

@@ -20,6 +20,7 @@ from litgpt_memsinks.config import MemSinksConfig, SinkArgs
 from litgpt_memsinks.drop_sinks import drop_sinks, without_sinks
 from litgpt_memsinks.errors import MemSinksError
 from litgpt_memsinks.model import GPT
+from litgpt_memsinks.plain_weights import alone
 from tests.console import REPOSITORY, SCRIPTS, TINY_MODEL, memsinks, run, started
 from tests.released import MODELS, save
 
@@ -131,6 +132,20 @@ def test_hugging_face_configuration_without_an_architecture_is_corrected(tmp_pat
     (tmp_path / "in/config.json").unlink()
     drop_sinks(tmp_path / "in", tmp_path / "another")
     assert not (tmp_path / "another/config.json").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rows_are_alone_in_a_storage_without_being_copied_and_columns_are_copied(dtype):
+    weight = torch.randn(6, 4).to(dtype)
+    rows, columns = alone(weight[:2]), alone(weight[:, :3])
+    assert torch.equal(rows, weight[:2])
+    assert torch.equal(columns, weight[:, :3])
+    assert rows.data_ptr() == weight.data_ptr()
+    assert columns.data_ptr() != weight.data_ptr()
+    assert rows.untyped_storage().nbytes() == rows.nbytes
+    assert columns.untyped_storage().nbytes() == columns.nbytes
+    assert alone(weight) is weight
+    assert alone(weight[0, 0]).untyped_storage().nbytes() == weight.element_size()
 
 
 def test_without_sinks_slices_exactly_the_mlps():
