@@ -163,6 +163,7 @@ def test_batches_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = [1, 1, 1, 1, 9, 20, 1, 5, 5, 2]
     made = list(batches(Document(i, "x" * size) for i, size in enumerate(sizes)))
     assert [[len(document.text) for document in batch] for batch in made] == [[1, 1, 1], [1, 9], [20], [1, 5, 5], [2]]
+    assert [len(batch) for batch in batches((Document(i, "x") for i in range(13)), threads=2)] == [6, 6, 1]
     assert list(batches([])) == []
 
 
