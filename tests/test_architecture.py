@@ -36,7 +36,7 @@ STAGES = [
     *("huggingface", "subject", "extraction", "membership", "relearning", "battery", "curve", "results", "verdict"),
     "evaluate",
     *("eval_configs", "export_evals"),
-    *("report_results", "report_table", "report_charts", "report_svg", "report_figures"),
+    *("report_schema", "report_results", "report_table", "report_charts", "report_svg", "report_figures"),
     *("report_verdict", "report_examples", "report_page"),
     "report",
 ]
