@@ -70,6 +70,7 @@ COMMANDS = {
     "certify": Command("certificate", "certify", positional=True),
     "verify_removal": Command("verify_removal", "verify_removal", positional=True),
     "evaluate": Command("evaluate", "evaluate"),
+    "export_evals": Command("export_evals", "export_evals"),
     "report": Command("report", "report", several="results"),
     "bench": Command("bench", "bench"),
     "bench_data": Command("bench_data", "bench_data"),

@@ -108,7 +108,7 @@ def demo(
     print(f"2/4 Training: {len(ARMS)} arms x {seeds} seed(s) with `litgpt pretrain --config {recipes}/ARM.yaml`")
     train_arms(streams, out_dir, recipes, seeds, block_size, jobs or os.cpu_count() or 1)
     print("3/4 Dropping the sinks")
-    drop_all(out_dir, seeds)
+    drop_all(out_dir, seeds, streams["stream"])
     print("4/4 Measuring")
     asked = ask_prepared(streams["stream"], None)
     plan = Plan(PARTS, block_size, relearn_documents=(RELEARNED,), relearn_steps=RELEARNING_STEPS)
@@ -380,13 +380,22 @@ def _show(progress: Progress, task: TaskID, iteration: int, loss: str) -> None:
 # ------------------------------------------------------------------------------------------------------------ measuring
 
 
-def drop_all(out_dir: Path, seeds: int) -> None:
-    """Write the released model of each arm with sinks."""
+def drop_all(out_dir: Path, seeds: int, data_path: Path) -> None:
+    """Write the released model of each arm with sinks, with its certificate and the losses before and after."""
     for seed in range(1, seeds + 1):
         for arm in ("memsinks", "memsinks_repeated"):
             target = run_dir(out_dir, arm, seed) / "dropped"
             if not target.is_dir():
-                drop_sinks(run_dir(out_dir, arm, seed) / "final", target)
+                _drop(run_dir(out_dir, arm, seed) / "final", target, data_path)
+
+
+def _drop(checkpoint_dir: Path, target: Path, data_path: Path) -> None:
+    """Drop the sinks. A model that has memorised nothing, of a corpus that teaches little, gets no losses certified."""
+    try:
+        drop_sinks(checkpoint_dir, target, data_path=data_path)
+    except MemSinksError as error:
+        print(f"The certificate of {target} has no losses. {error}")
+        drop_sinks(checkpoint_dir, target)
 
 
 def evaluate_arms(out_dir: Path, seed: int, asked: Asked, plan: Plan) -> Seed:

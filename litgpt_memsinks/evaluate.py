@@ -8,7 +8,7 @@ What each number means: docs/measuring.md.
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -78,6 +78,7 @@ def evaluate(
     relearn_documents: list[int] | None = None,
     relearn_steps: int = 40,
     thresholds: Thresholds | None = None,
+    threads: int | None = None,
 ) -> None:
     """Measure what a model remembers of the repeated documents, attack it, and judge it.
 
@@ -108,37 +109,76 @@ def evaluate(
         relearn_documents: Repeated documents to relearn from, one run for each number. 1, 4 and 16 by default.
         relearn_steps: Optimizer steps of a relearning run.
         thresholds: What the model has to reach.
+        threads: Threads that compute. By default what OMP_NUM_THREADS says, else one per core; fewer are faster where
+            other work has the cores.
 
     Raises:
         MemSinksError: For settings out of range, data of another tokenizer, or IDs that are not the model's.
     """
-    _check(block_size, limit, device, bootstrap, level, relearn_documents, relearn_steps)
+    _check(block_size, limit, device, bootstrap, level, relearn_documents, relearn_steps, threads)
+    _refuse_results(out_file)
+    plan = Plan(_parts(parts), block_size, seed, tuple(relearn_documents or Plan.relearn_documents), relearn_steps)
+    asked = _asked(data_path, repeated, validation, tokenizer_dir, limit)
+    subjects = _subjects(checkpoint_dir or _last(curve), standard, left_out, models or [])
+    kept = Kept(None if out_file is None else out_file.with_name(f".{out_file.name}.parts"))
+    with computing_with(threads):
+        arms = _measured(subjects, asked, plan, device, kept, allow_wrong_map, curve)
+    boot, reached = Bootstrap(bootstrap, level, seed), thresholds or Thresholds()
+    content = results_content([arms], asked, plan, limit, boot, reached, EVALUATED)
+    print_results(compare([arms]))
+    print_verdict(content["verdict"])
+    _write(out_file, content, arms, asked, kept)
+    if require_pass and not content["verdict"]["pass"]:
+        raise MemSinksError("The model does not pass; the checks that failed are above.")
+
+
+def _refuse_results(out_file: Path | None) -> None:
     if out_file is not None:
         refuse_to_overwrite(out_file)
         refuse_to_overwrite(documents_file(out_file))
-    if checkpoint_dir is None:
-        if curve is None:
-            raise MemSinksError("There is no model to measure. Name one: --checkpoint_dir OUT_DIR/final")
-        checkpoint_dir = step_checkpoints(curve)[-1][1]
-    plan = Plan(_parts(parts), block_size, seed, tuple(relearn_documents or Plan.relearn_documents), relearn_steps)
-    boot = Bootstrap(bootstrap, level, seed)
-    asked = _asked(data_path, repeated, validation, tokenizer_dir, limit)
-    subjects = _subjects(checkpoint_dir, standard, left_out, models or [])
-    kept = Kept(None if out_file is None else out_file.with_name(f".{out_file.name}.parts"))
+
+
+def _last(curve: Path | None) -> Path:
+    """The last checkpoint of a run."""
+    if curve is None:
+        raise MemSinksError("There is no model to measure. Name one: --checkpoint_dir OUT_DIR/final")
+    return step_checkpoints(curve)[-1][1]
+
+
+@contextmanager
+def computing_with(threads: int | None) -> Iterator[None]:
+    """Compute with so many threads of PyTorch; as many as it chooses if ``None``."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _measured(
+    subjects: list[Subject],
+    asked: Asked,
+    plan: Plan,
+    device: str,
+    kept: Kept,
+    allow_wrong_map: bool,
+    curve: Path | None,
+) -> Seed:
+    """All models, and the losses at every checkpoint of a run."""
     arms = measure_arms(subjects, asked, plan, device, kept, allow_wrong_map)
     for measured in arms.values():
         _warn(measured)
     if curve is not None:
         arms[EVALUATED].curve = measure_curve(curve, asked, plan, device, kept)
-    content = results_content([arms], asked, plan, limit, boot, thresholds or Thresholds(), EVALUATED)
-    print_results(compare([arms]))
-    print_verdict(content["verdict"])
+    return arms
+
+
+def _write(out_file: Path | None, content: dict[str, Any], arms: Seed, asked: Asked, kept: Kept) -> None:
     if out_file is not None:
         write_results(out_file, content, [arms], asked)
         kept.clear()
         print(f"Result: {out_file}   Per document: {documents_file(out_file)}")
-    if require_pass and not content["verdict"]["pass"]:
-        raise MemSinksError("The model does not pass; the checks that failed are above.")
 
 
 def _check(
@@ -149,9 +189,10 @@ def _check(
     level: float,
     relearn_documents: list[int] | None,
     relearn_steps: int,
+    threads: int | None,
 ) -> None:
     """Refuse settings out of range."""
-    numbers = [("block_size", block_size), ("limit", limit), ("relearn_steps", relearn_steps)]
+    numbers = [("block_size", block_size), ("limit", limit), ("relearn_steps", relearn_steps), ("threads", threads)]
     numbers += [("relearn_documents", number) for number in relearn_documents or []]
     for setting, value in numbers:
         if value is not None and value < 1:

@@ -5,11 +5,23 @@ A chart is drawn only if what it shows was measured.
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from litgpt_memsinks.report_results import Estimate, Results, compared, curve, number, numbers, pooled, printable
+import numpy as np
+
+from litgpt_memsinks.report_results import (
+    Estimate,
+    Results,
+    compared,
+    curve,
+    estimate,
+    number,
+    numbers,
+    pooled,
+    printable,
+)
 from litgpt_memsinks.report_table import STATES, attack_label, show, show_interval, state_label
 
 MOST_POINTS = 150
@@ -40,6 +52,8 @@ class Series:
     kind: Literal["line", "points"] = "points"
     faint: bool = False
     """Drawn lightly and left out of the legend: single seeds, documents"""
+    seed: int | None = None
+    """Of a faint line"""
     notes: list[str] = field(default_factory=list)
     """What a reader sees who points at each"""
     x_range: list[tuple[float, float] | None] = field(default_factory=list)
@@ -226,9 +240,9 @@ def _by_arm(results: Results, label: str, given: Sequence[Estimate | None], slot
 
 
 def curves(results: Results) -> Iterator[Chart]:
-    """Losses over training, one line per arm: its first seed that has any."""
-    lines = {arm: next(filter(None, map(curve, results.of(arm))), {}) for arm in results.arms}
-    repeated = [loss for line in lines.values() for key in line if key != "validation" for _, loss in line[key]]
+    """Losses over training: each arm's mean over seeds, and each seed."""
+    found = [(model["arm"], model.get("seed"), curve(model)) for model in results.models]
+    repeated = [loss for _, _, line in found for key in line if key != "validation" for _, loss in line[key]]
     counted = "step" if any(model["parts"].get("curve") for model in results.models) else "iteration"  # as LitGPT logs
     limits = (0.9 * min(repeated), 1.1 * max(repeated)) if repeated and min(repeated) > 0 else None
     for key, title, reading in (
@@ -236,14 +250,11 @@ def curves(results: Results) -> Iterator[Chart]:
         ("repeated_dropped", "Repeated documents, sinks dropped", "Staying high is better: little is learnt by heart."),
         ("repeated_own", "Repeated documents, own sinks on", "Falling is right: what is repeated is learnt here."),
     ):
-        series = [
-            Series(spoken(arm), *_columns(thin(lines[arm][key])), slot, kind="line")
-            for arm, slot in slots(results).items()
-            if key in lines[arm]
-        ]
-        if series:
+        lines = [Line(arm, seed, line[key]) for arm, seed, line in found if key in line]
+        if lines:
             y = Axis("nats per token", log=True, limits=limits if key != "validation" else None)
-            yield Chart(f"curve_{key}", title, f"{reading} One seed.", Axis(counted), y, series)
+            series = with_seeds(results, lines)
+            yield Chart(f"curve_{key}", title, f"{reading} {seeds_said(lines)}", Axis(counted), y, series)
 
 
 def documents(results: Results) -> Iterator[Chart]:
@@ -336,30 +347,34 @@ def membership(results: Results) -> Iterator[Chart]:
 
 
 def roc(results: Results) -> Iterator[Chart]:
-    """ROC of the strongest attack on each arm, linear and log-log."""
-    lines = []
-    for arm, slot in slots(results).items():
-        entries = [entry for entry in _first(results, arm, "membership") or [] if entry.get("state") == "dropped"]
+    """ROC of the strongest attack on each arm, over its seeds and of each, linear and log-log."""
+    lines, attacks = [], {}
+    for arm in slots(results):
         drawn = [
-            entry for entry in entries if entry.get("roc") and number((entry.get("auc") or {}).get("value")) is not None
+            (model.get("seed"), entry)
+            for model in results.of(arm)
+            for entry in model["parts"].get("membership", [])
+            if entry.get("state") == "dropped" and entry.get("roc") and estimate(entry.get("auc"))
         ]
         if drawn:
-            strongest = max(drawn, key=lambda entry: abs(entry["auc"]["value"] - 0.5))
-            points = list(zip(numbers(strongest["roc"].get("fpr")), numbers(strongest["roc"].get("tpr")), strict=False))
-            lines.append((f"{spoken(arm)}: {attack_label(strongest['attack'])}", sorted(points), slot))
+            attacks[arm] = _strongest([entry for _, entry in drawn])
+            lines += [Line(arm, seed, _rates(entry)) for seed, entry in drawn if entry["attack"] == attacks[arm]]
     for log in (False, True) if lines else ():
-        series = []
-        for label, points, slot in lines:
-            shown = [(x, y) for x, y in points if not log or (x > 0 and y > 0)]
-            series.append(Series(label, *_columns(thin(shown, log)), slot, kind="line"))
-        lowest = min((x for line in series for x in line.x), default=1e-3)
+        shown = [
+            line._replace(points=[(x, y) for x, y in line.points if not log or (x > 0 and y > 0)]) for line in lines
+        ]
+        series = with_seeds(results, shown, log, lambda arm: f"{spoken(arm)}: {attack_label(attacks[arm])}")
+        lowest = min([x for line in series for x in line.x] + [0.1])
         limits = (10.0 ** math.floor(math.log10(lowest)), 1.0) if log else (0.0, 1.0)
+        reading = (
+            "Few false alarms matter most: there an attack that finds anything is one to worry about."
+            if log
+            else "Nearer the diagonal is better. Sinks dropped."
+        )
         yield Chart(
             "roc_log" if log else "roc",
             "The strongest attack on each, log-log" if log else "The strongest attack on each",
-            "Few false alarms matter most: there an attack that finds anything is one to worry about."
-            if log
-            else "Nearer the diagonal is better. One seed, sinks dropped.",
+            f"{reading} {seeds_said(lines)}",
             Axis("unseen documents accused", log, True, limits=limits),
             Axis("repeated documents found", log, True, limits=limits),
             series,
@@ -367,39 +382,88 @@ def roc(results: Results) -> Iterator[Chart]:
         )
 
 
+def _strongest(entries: list[Any]) -> str:
+    """The attack whose AUC is furthest from a guess, in the mean over seeds."""
+    aucs: dict[str, list[float]] = {}
+    for entry in entries:
+        aucs.setdefault(entry["attack"], []).append(entry["auc"]["value"])
+    return max(aucs, key=lambda attack: abs(sum(aucs[attack]) / len(aucs[attack]) - 0.5))
+
+
+def _rates(entry: Any) -> list[tuple[float, float]]:
+    return sorted(zip(numbers(entry["roc"].get("fpr")), numbers(entry["roc"].get("tpr")), strict=False))
+
+
 def relearning(results: Results) -> Iterator[Chart]:
     """Loss on the other repeated documents over steps of relearning, one picture per number of documents given."""
-    found = {arm: _first(results, arm, "relearning") or {} for arm in results.arms}
-    given = {arm: {run.get("n"): run for run in part.get("runs", [])} for arm, part in found.items()}
-    for n in sorted({n for runs in given.values() for n in runs if isinstance(n, int)}):
-        series = []
-        for arm, slot in slots(results).items():
-            points = [
-                (step, loss)
-                for step, value in zip(
-                    found[arm].get("steps", []), given[arm].get(n, {}).get("other", []), strict=False
-                )
-                if (loss := number(value)) is not None
-            ]
-            if points:
-                series.append(Series(spoken(arm), *_columns(points), slot, kind="line"))
-        if series:
-            yield Chart(
-                f"relearning_{n}",
-                f"After training on {n} of them",
-                "Higher is better; falling no faster than a model that never saw them is best. One seed.",
-                Axis("step"),
-                Axis("loss on the others, nats per token"),
-                series,
-            )
+    found: dict[int, list[Line]] = {}
+    for model in results.models:
+        part = model["parts"].get("relearning", {})
+        for run in part.get("runs", []):
+            pairs = zip(part.get("steps", []), run.get("other", []), strict=False)
+            points = [(number(step), number(loss)) for step, loss in pairs]
+            known = [(step, loss) for step, loss in points if step is not None and loss is not None]
+            if known and isinstance(run.get("n"), int):
+                found.setdefault(run["n"], []).append(Line(model["arm"], model.get("seed"), known))
+    for n, lines in sorted(found.items()):
+        yield Chart(
+            f"relearning_{n}",
+            f"After training on {n} of them",
+            f"Higher is better; falling no faster than a model that never saw them is best. {seeds_said(lines)}",
+            Axis("step"),
+            Axis("loss on the others, nats per token"),
+            with_seeds(results, lines),
+        )
 
 
 # --------------------------------------------------------------------------------------------------------------- tools
 
 
-def _first(results: Results, arm: str, part: str) -> Any:
-    """A part of the first seed that has it; ``None`` if none has."""
-    return next((model["parts"][part] for model in results.of(arm) if part in model["parts"]), None)
+class Line(NamedTuple):
+    """What was measured of one seed."""
+
+    arm: str
+    seed: int | None
+    points: list[tuple[float, float]]
+
+
+def with_seeds(
+    results: Results, lines: list[Line], log: bool = False, label: Callable[[str], str] = spoken
+) -> list[Series]:
+    """Each arm's seeds as thin lines and their mean; of one seed its line.
+
+    Args:
+        results: For the order of the arms.
+        lines: One for each arm and seed.
+        log: Whether the axis across is logarithmic.
+        label: What an arm is called.
+    """
+    thick, fine = [], []
+    for arm, slot in slots(results).items():
+        of_arm = [line for line in lines if line.arm == arm and line.points]
+        if not of_arm:
+            continue
+        middle = mean_line([line.points for line in of_arm]) if len(of_arm) > 1 else of_arm[0].points
+        thick.append(Series(label(arm), *_columns(thin(middle, log)), slot, kind="line"))
+        for line in of_arm if len(of_arm) > 1 else ():
+            columns = _columns(thin(line.points, log))
+            fine.append(Series(label(arm), *columns, slot, kind="line", faint=True, seed=line.seed))
+    return [*fine, *(series for series in thick if series.x)]  # means on top
+
+
+def seeds_said(lines: list[Line]) -> str:
+    """What the lines of a picture are."""
+    several = len(lines) > len({line.arm for line in lines})
+    return "Thick lines: means over seeds; thin lines: single seeds." if several else "One seed."
+
+
+def mean_line(lines: list[list[tuple[float, float]]]) -> list[tuple[float, float]]:
+    """The mean of lines wherever all are known, linear between their points; of a vertical rise its upper end."""
+    tops = [dict(sorted(line)) for line in lines]  # of equal x the highest y, which comes last
+    low, high = max(min(top) for top in tops), min(max(top) for top in tops)
+    places = sorted({x for top in tops for x in top if low <= x <= high})
+    values = [np.interp(places, list(top), list(top.values())) for top in tops]
+    return list(zip(places, np.mean(values, 0).tolist(), strict=True)) if places else []
 
 
 def _ends(found: Estimate) -> tuple[float, float] | None:
@@ -430,18 +494,27 @@ def slug(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_")[:40]
 
 
+def named(series: Series) -> str:
+    """A series as it is called where it stands alone."""
+    return series.label if series.seed is None else f"{series.label}, seed {series.seed}"
+
+
 def as_table(chart: Chart, most: int = 40) -> tuple[list[str], list[list[str]]]:
-    """The figures of a chart as a head and rows: lines thinned; of many documents the lowest, the most remembered."""
+    """The figures of a chart as a head and rows: lines thinned, of single seeds the end; of many documents the lowest,
+    the most remembered.
+    """
     head = ["", chart.x.label, chart.y.label or "of"]
     rows = []
     for series in chart.series:
         places = list(range(len(series.x)))
-        if len(places) > most and series.kind == "points":
+        if series.faint and series.kind == "line":
+            places = places[-1:]
+        elif len(places) > most and series.kind == "points":
             places = sorted(places, key=lambda place: series.y[place])[:most]
         elif len(places) > 12:
             places = places[:: math.ceil(len(places) / 12)] + places[-1:]
         for place in places:
-            text = series.notes[place].partition(": ")[2] if chart.diagonal and series.notes else series.label
+            text = series.notes[place].partition(": ")[2] if chart.diagonal and series.notes else named(series)
             rows.append([text, tick_text(series.x[place], chart.x), tick_text(series.y[place], chart.y)])
     return head, rows
 

@@ -93,16 +93,7 @@ def _draw_series(axes: Axes, chart: Chart, series: Series, shift: float) -> None
     label = _plain(series.label) if any(series is named for named in legend(chart)) else None
     y = [value + shift for value in series.y]
     if series.kind == "line":
-        axes.plot(
-            series.x,
-            y,
-            "-",
-            color=colour,
-            marker=marker,
-            markevery=[marked_place(chart, series)],
-            markersize=5,
-            label=label,
-        )
+        _draw_line(axes, series, y, colour, marker, marked_place(chart, series), label)
         return
     axes.errorbar(
         series.x,
@@ -116,6 +107,16 @@ def _draw_series(axes: Axes, chart: Chart, series: Series, shift: float) -> None
         linewidth=1.2,
         label=label,
     )
+
+
+def _draw_line(
+    axes: Axes, series: Series, y: list[float], colour: str, marker: str, mark: int, label: str | None
+) -> None:
+    """A line with its shape once; a single seed's thin and without."""
+    if series.faint:
+        axes.plot(series.x, y, "-", color=colour, alpha=0.45, linewidth=0.7, zorder=1.5)
+    else:
+        axes.plot(series.x, y, "-", color=colour, marker=marker, markevery=[mark], markersize=5, label=label)
 
 
 def _bars(values: list[float], ranges: list[tuple[float, float] | None]) -> list[list[float]] | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from litgpt_memsinks.errors import MemSinksError
+from litgpt_memsinks.report_schema import DOCUMENT, RESULTS, problem
 
 SAMPLE = 1500
 """Most documents that are kept, over all models: what a page can hold and an eye can tell apart"""
@@ -161,21 +162,44 @@ def read_results(paths: list[Path]) -> Results:
 
 
 def _read(path: Path) -> Mapping:
+    content = _load(path)
+    if wrong := problem(content, RESULTS):
+        raise MemSinksError(f"{str(path)!r} cannot be read: {wrong}. Evaluate again, or take the file from a copy.")
+    if not content["models"]:
+        raise MemSinksError(f"{str(path)!r} holds no models. Name a file that `litgpt-memsinks evaluate` wrote.")
+    for model in content["models"]:
+        model["parts"] = {name: part for name, part in _measured(model.get("parts") or {}).items() if part}
+    for named in (*content["models"], *(content.get("comparison") or [])):
+        named["arm"] = printable(named["arm"])
+    verdict = content.get("verdict") or {}
+    verdict["checks"] = [UNCHECKED | _measured(check) for check in verdict.get("checks") or []]
+    return content
+
+
+UNCHECKED = {"name": "", "pass": None, "value": None, "threshold": None, "why": ""}
+"""A check of which nothing is said"""
+
+
+def _load(path: Path) -> Mapping:
+    """What is in the file, if it is of this format."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
-        if content["format"] == 2 and content["models"]:
-            for model in content["models"]:
-                model["parts"] = {name: part for name, part in (model.get("parts") or {}).items() if part}
-            for named in (*content["models"], *(content.get("comparison") or [])):
-                named["arm"] = printable(str(named["arm"]))
+        content: Mapping = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
+        if content["format"] == 2:
             return content
     except FileNotFoundError as error:
         raise MemSinksError(
             f"There is no {str(path)!r}. Make it: litgpt-memsinks evaluate --out_file {path}"
         ) from error
-    except (ValueError, KeyError, TypeError, AttributeError, IsADirectoryError):
+    except (ValueError, KeyError, TypeError, IsADirectoryError, RecursionError):
         pass
     raise MemSinksError(f"{str(path)!r} is not a result file of `litgpt-memsinks evaluate`. Name its --out_file.")
+
+
+def _measured(value: Any) -> Any:
+    """The same without fields that are null: what was not measured is not there. In lists, null keeps its place."""
+    if isinstance(value, dict):
+        return {name: _measured(item) for name, item in value.items() if item is not None}
+    return [_measured(item) for item in value] if isinstance(value, list) else value
 
 
 def _merge_models(contents: list[tuple[Path, Mapping]]) -> list[Mapping]:
@@ -284,12 +308,15 @@ def _lines(path: Path) -> Iterator[Mapping]:
         for place, line in enumerate(file, 1):
             try:
                 document = json.loads(line, parse_constant=lambda _: None)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise MemSinksError(
                     f"Line {place} of {str(beside)!r} is not JSON. Remove the file, or evaluate again."
                 ) from error
-            if isinstance(document, dict):
-                yield {**document, "arm": printable(str(document.get("arm")))}
+            if wrong := problem(document, DOCUMENT):
+                raise MemSinksError(
+                    f"Line {place} of {str(beside)!r} cannot be read: {wrong}. Remove the file, or evaluate again."
+                )
+            yield {**document, "arm": printable(document.get("arm") or "")}
 
 
 # -------------------------------------------------------------------------------------------------------------- curves
@@ -321,11 +348,23 @@ LOGGED = {"val_loss": "validation", "memorised/dropped": "repeated_dropped", "me
 
 def logged_curve(checkpoint_dir: Path) -> dict[str, list[tuple[float, float]]]:
     """The curves in LitGPT's newest CSV log of a run, by name; empty if it has none."""
-    logs = list(checkpoint_dir.parent.glob("logs/csv/version_*/metrics.csv"))
+    try:
+        logs = list(checkpoint_dir.parent.glob("logs/csv/version_*/metrics.csv"))
+    except OSError:  # a path of another machine, too long or not allowed here
+        return {}
     if not logs:
         return {}
-    newest = max(logs, key=lambda path: int(path.parent.name.removeprefix("version_")))
-    with open(newest, encoding="utf-8", newline="") as file:
+    newest = max(logs, key=lambda path: (len(path.parent.name), path.parent.name))  # version_10 after version_9
+    try:
+        return _logged(newest)
+    except (ValueError, KeyError, TypeError, csv.Error) as error:
+        raise MemSinksError(
+            f"{str(newest)!r} is no CSV log of LitGPT: {' '.join(str(error).split())}. Remove it, or mend it."
+        ) from error
+
+
+def _logged(path: Path) -> dict[str, list[tuple[float, float]]]:
+    with open(path, encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     lines = {
         name: [(float(int(row["step"]) + 1), float(row[column])) for row in rows if row.get(column)]

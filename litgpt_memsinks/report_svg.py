@@ -10,7 +10,7 @@ from xml.etree.ElementTree import Element, SubElement, tostring
 
 from matplotlib.ticker import MaxNLocator
 
-from litgpt_memsinks.report_charts import Axis, Chart, Series, tick_text
+from litgpt_memsinks.report_charts import Axis, Chart, Series, named, tick_text
 
 WIDTH, HEIGHT = 380.0, 300.0
 RIGHT, BOTTOM = 14.0, 44.0
@@ -222,18 +222,25 @@ def _draw_series(svg: Element, chart: Chart, series: Series, x: Scale, y: Scale)
         a, b = places[place]
         point = SubElement(group, "g", {"class": "point", "transform": f"translate({a:.1f} {b:.1f})"})
         SubElement(point, "title").text = note
-        small = series.kind == "line" and place != mark
+        small = series.kind == "line" and (series.faint or place != mark)
         SubElement(point, "path", {"class": "dot" if small else "mark", "d": SHAPES[slot]})
 
 
 def marked_place(chart: Chart, series: Series) -> int:
-    """Index of the point where a line bears its shape: another for each, so that lines that meet can be told apart."""
-    return int((chart.series.index(series) + 0.5) / len(chart.series) * len(series.x))
+    """Index of the point where a line bears its shape: another for each, so that lines that meet can be told apart.
+
+    A thin one bears it at its end.
+    """
+    if series.faint:
+        return len(series.x) - 1
+    bold = [one for one in chart.series if not one.faint]
+    return int((bold.index(series) + 0.5) / len(bold) * len(series.x))
 
 
 def _told(chart: Chart, series: Series) -> Iterator[tuple[int, str]]:
-    """Index and text of the points that tell their figures: all, or of a long line the one with its shape."""
+    """Index and text of the points that tell their figures: all, or of a long or a thin line the one with its shape."""
+    whole = series.kind == "points" or (len(series.x) <= MARKED and not series.faint)
     for place, (a, b) in enumerate(zip(series.x, series.y, strict=True)):
-        if series.kind == "points" or len(series.x) <= MARKED or place == marked_place(chart, series):
-            default = f"{series.label}: {tick_text(a, chart.x)}, {tick_text(b, chart.y)}"
+        if whole or place == marked_place(chart, series):
+            default = f"{named(series)}: {tick_text(a, chart.x)}, {tick_text(b, chart.y)}"
             yield place, series.notes[place] if series.notes else default

@@ -188,7 +188,7 @@ def figures(results: Results) -> Iterator[Figure]:
     for model in results.models:
         for metric, detail, given in _measured(model["parts"]):
             if (found := estimate(given)) is not None:
-                yield Figure(metric, detail, model["arm"], model.get("seed"), found)
+                yield Figure(printable(metric), detail, model["arm"], model.get("seed"), found)
 
 
 def _measured(parts: Mapping) -> Iterator[tuple[str, str, object]]:

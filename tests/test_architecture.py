@@ -35,7 +35,8 @@ STAGES = [
     *("certificate_file", "verify_removal"),
     *("huggingface", "subject", "extraction", "membership", "relearning", "battery", "curve", "results", "verdict"),
     "evaluate",
-    *("report_results", "report_table", "report_charts", "report_svg", "report_figures"),
+    *("eval_configs", "export_evals"),
+    *("report_schema", "report_results", "report_table", "report_charts", "report_svg", "report_figures"),
     *("report_verdict", "report_examples", "report_page"),
     "report",
 ]

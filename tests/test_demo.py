@@ -12,9 +12,12 @@ from rich.progress import Progress
 
 from litgpt_memsinks import demo
 from litgpt_memsinks.errors import MemSinksError
+from litgpt_memsinks.scored import read_scored
 from tests.console import BOTH, REPOSITORY, zygote
+from tests.trained import save, sink_model, train
 
 RECIPES = REPOSITORY / "recipes/demo"
+DROPPED = ("memsinks", "memsinks_repeated")
 
 
 def popen(command, real=subprocess.Popen, **options):
@@ -56,7 +59,11 @@ def test_demo_prints_the_table_and_continues_where_it_was(tiny, tmp_path, capsys
         assert bool(model["parts"]["gate"]) == (model["arm"] not in ("standard", "left_out"))
     assert (tmp_path / "demo/report.png").stat().st_size > 10_000
     assert "<!doctype html>" in (tmp_path / "demo/report.html").read_text()
-    assert (tmp_path / "demo/memsinks-seed1/dropped/lit_model.pth").is_file()
+    certificates = [
+        json.loads((tmp_path / f"demo/{arm}-seed1/dropped/certificate.json").read_text()) for arm in DROPPED
+    ]
+    certified = [bool(certificate["losses"]) for certificate in certificates]
+    assert certified.count(False) == first.count("has no losses. With their own sinks on, 4 repeated documents have")
     log = (tmp_path / "demo/memsinks-seed1/train.log").read_text()
     assert log.split()[:2] == [demo.pretrain_command(*[tmp_path] * 3, 1, 1, 1)[0], "pretrain"]
     finished = (tmp_path / "demo/memsinks-seed1/final/lit_model.pth").stat().st_mtime_ns
@@ -72,6 +79,22 @@ def test_demo_prints_the_table_and_continues_where_it_was(tiny, tmp_path, capsys
         file.write("# edited\n")
     with pytest.raises(MemSinksError, match="its recipes_sha256 differ"):
         demo.demo(out_dir=tmp_path / "demo", recipes=changed)
+
+
+def test_certificates_of_the_demo_have_losses(prepared, tmp_path, capsys):
+    """Of a model that knows the repeated documents by their sinks; of one that does not, the reason is printed."""
+    repeated, others = read_scored(prepared, "repeated"), read_scored(prepared, "val")
+    save(tmp_path / "memsinks-seed1/final", train(sink_model(), repeated, others, steps=40))
+    empty = sink_model()
+    for block in empty.transformer.h:
+        block.mlp.proj.weight.data[:, empty.config.n_shared :] = 0
+    save(tmp_path / "memsinks_repeated-seed1/final", empty)
+    demo.drop_all(tmp_path, 1, prepared)
+    found = [json.loads((tmp_path / f"{arm}-seed1/dropped/certificate.json").read_text())["losses"] for arm in DROPPED]
+    assert found[0]["before"]["removed"]["own"]["loss"] < found[0]["before"]["removed"]["dropped"]["loss"]
+    assert found[0]["after"]["removed"]
+    assert found[1] is None
+    assert "memsinks_repeated-seed1/dropped has no losses. With their own sinks on, 8" in capsys.readouterr().out
 
 
 def test_mistyped_corpus_claims_no_folder(tmp_path):

@@ -20,7 +20,7 @@ from litgpt_memsinks.battery import Measured
 from litgpt_memsinks.bootstrap import Bootstrap
 from litgpt_memsinks.config import MemSinksConfig, SinkArgs
 from litgpt_memsinks.errors import MemSinksError
-from litgpt_memsinks.evaluate import deviation, evaluate, placebo_ids, score
+from litgpt_memsinks.evaluate import computing_with, deviation, evaluate, placebo_ids, score
 from litgpt_memsinks.losses import batched, document_nats, in_state, shuffled_ids
 from litgpt_memsinks.metrics import IGNORED
 from litgpt_memsinks.model import GPT
@@ -83,6 +83,15 @@ def test_states_switch_the_documents_own_sinks_on():
         score(model, scored, 64, ids).loss for ids in (None, scored.sequence_ids, placebo_ids(scored.sequence_ids))
     ]
     assert len(set(losses)) == 3
+
+
+def test_threads_are_those_asked_for_and_given_back():
+    before = torch.get_num_threads()
+    with computing_with(before + 1):
+        assert torch.get_num_threads() == before + 1
+    assert torch.get_num_threads() == before
+    with computing_with(None):
+        assert torch.get_num_threads() == before
 
 
 def test_placebo_is_another_documents():
@@ -302,7 +311,7 @@ def test_report_draws_a_png(tmp_path):
 )
 def test_report_refuses_other_files(content, tmp_path):
     (tmp_path / "other.json").write_text(content)
-    with pytest.raises(MemSinksError, match="is not a result file"):
+    with pytest.raises(MemSinksError, match=r"is not a result file|holds no models"):
         report(tmp_path / "other.json", tmp_path / "x.png")
     assert not (tmp_path / "x.png").exists()
 
@@ -320,6 +329,7 @@ def test_report_refuses_other_files(content, tmp_path):
         ({"bootstrap": -1}, "bootstrap is -1"),
         ({"level": 1.0}, "level is 1.0"),
         ({"relearn_steps": 0}, "relearn_steps is 0"),
+        ({"threads": 0}, "threads is 0"),
         ({"relearn_documents": [0]}, "relearn_documents is 0"),
         ({"repeated": Path("x")}, "Give the one or all three"),
         ({"data_path": None, "repeated": Path("x")}, "Give the one or all three"),

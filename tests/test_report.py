@@ -11,15 +11,17 @@ import sys
 from html.parser import HTMLParser
 
 import pytest
+from matplotlib.figure import Figure
 
 from litgpt_memsinks.__main__ import main
 from litgpt_memsinks.errors import MemSinksError
 from litgpt_memsinks.report import report
-from litgpt_memsinks.report_charts import Axis, Chart, Guide, Series, printable, sections, thin
+from litgpt_memsinks.report_charts import Axis, Chart, Guide, Series, as_table, mean_line, printable, sections, thin
 from litgpt_memsinks.report_examples import version_of
+from litgpt_memsinks.report_figures import draw
 from litgpt_memsinks.report_page import FOLDER, PARTS, page
 from litgpt_memsinks.report_results import estimate, read_results
-from litgpt_memsinks.report_svg import SHAPES, chart_svg
+from litgpt_memsinks.report_svg import SHAPES, chart_svg, legend
 from litgpt_memsinks.report_table import METRICS, as_csv, as_markdown
 from litgpt_memsinks.report_verdict import verdict
 from tests.console import run
@@ -477,6 +479,77 @@ def test_lines_that_meet_bear_their_shapes_apart():
     svg = chart_svg(Chart("c", "C", "", Axis("x"), Axis("y"), lines), "c")
     marks = re.findall(r'translate\(([\d.]+) [\d.]+\)"><title>[^<]*</title><path class="(mark|dot)"', svg)
     assert [kind for _, kind in marks] == ["dot", "mark", "dot", "dot", *["dot"] * 3, "mark"]
+
+
+def test_every_seed_has_a_line_and_the_mean_is_over_them(made):
+    """Each seed's losses lie by 0.1 apart, so that the mean is the second's."""
+
+    def edit(content):
+        for model in content["models"]:
+            for point in model["parts"]["curve"]:
+                point["validation"] += 0.1 * model["seed"]
+            for taught in model["parts"]["relearning"]["runs"]:
+                taught["other"] = [loss + 0.1 * model["seed"] for loss in taught["other"]]
+
+    results = read_results([change(made, edit)])
+    charts = {chart.name: chart for section in sections(results) for chart in section.charts}
+    for name in ("curve_validation", "relearning_4", "roc", "roc_log"):
+        chart = charts[name]
+        assert chart.reading.endswith("Thick lines: means over seeds; thin lines: single seeds.")
+        thick = [series for series in chart.series if not series.faint]
+        assert len(thick) == len(results.arms)
+        assert [series.label for series in legend(chart)] == [series.label for series in thick]
+        for mean in thick:
+            seeds = [series for series in chart.series if series.faint and series.label == mean.label]
+            assert [series.seed for series in seeds] == [1, 2, 3]
+            assert mean.x == seeds[1].x
+            assert mean.y == pytest.approx(seeds[1].y)
+            assert (mean.y != pytest.approx(seeds[0].y)) == (not name.startswith("roc"))
+        svg = chart_svg(chart, "c")
+        assert svg.count('faint"><path class="line"') == 3 * len(thick)
+        for seed in (1, 2, 3):
+            assert len(re.findall(rf"<title>[^<]*, seed {seed}: [^<]*</title>", svg)) == len(thick)
+        rows = [row[0] for row in as_table(chart)[1]]
+        assert rows.count(f"{thick[0].label}, seed 2") == 1
+        assert rows.count(thick[0].label) > 5
+
+
+def test_one_seed_is_one_line(tmp_path):
+    results = read_results([make_results(tmp_path, seeds=(1,), parts=["losses", "curve", "relearning"])])
+    charts = {chart.name: chart for section in sections(results) for chart in section.charts}
+    for name in ("curve_validation", "relearning_4"):
+        assert charts[name].reading.endswith("One seed.")
+        assert not any(series.faint for series in charts[name].series)
+
+
+def test_mean_of_lines_by_hand():
+    one, other = [(0.0, 0.0), (0.0, 2.0), (4.0, 6.0)], [(-1.0, 9.0), (0.0, 0.0), (2.0, 4.0), (8.0, 4.0)]
+    assert mean_line([one, other]) == [(0.0, 1.0), (2.0, 4.0), (4.0, 5.0)]
+    assert mean_line([[(0.0, 1.0)], [(5.0, 1.0)]]) == []  # nowhere are both known
+    with_gap = mean_line([[(0.0, 1.0), (2.0, 3.0)], [(0.0, 3.0), (1.0, 3.0), (2.0, 3.0)]])
+    assert with_gap == [(0.0, 2.0), (1.0, 2.5), (2.0, 3.0)]
+
+
+def test_strongest_attack_is_that_of_the_mean_over_seeds(made):
+    def edit(content):
+        for model in content["models"]:
+            for entry in model["parts"]["membership"]:
+                strong = {"loss": 0.99 if model["seed"] == 1 else 0.5, "min_k": 0.8, "zlib": 0.45}
+                entry["auc"]["value"] = strong.get(entry["attack"], 0.5)
+
+    charts = {c.name: c for s in sections(read_results([change(made, edit)])) for c in s.charts}
+    assert {series.label for series in charts["roc"].series if not series.faint} >= {"memsinks: Min-K%"}
+
+
+def test_thin_lines_are_in_the_figures_too(tmp_path):
+    path = make_results(tmp_path, seeds=(1, 2), parts=["losses", "curve"])
+    chart = next(c for s in sections(read_results([path])) for c in s.charts if c.name == "curve_validation")
+    axes = Figure().subplots()
+    draw(axes, chart)
+    lines = axes.get_lines()
+    assert len(lines) == 5 * 3
+    assert sorted({line.get_linewidth() for line in lines})[0] < 1
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [one.label for one in legend(chart)]
 
 
 def test_thin_keeps_the_ends_and_is_even_along_the_axis():
