@@ -35,6 +35,7 @@ STAGES = [
     *("certificate_file", "verify_removal"),
     *("huggingface", "subject", "extraction", "membership", "relearning", "battery", "curve", "results", "verdict"),
     "evaluate",
+    "localise",
     *("report_results", "report_table", "report_charts", "report_svg", "report_figures"),
     *("report_verdict", "report_examples", "report_page"),
     "report",
