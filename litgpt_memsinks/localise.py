@@ -91,7 +91,8 @@ def localise(
         hard_concrete or HardConcreteArgs(), validation_limit, extraction, seed,
     )  # fmt: skip
     args.check()
-    check_place(out)
+    if out is not None:
+        refuse_to_overwrite(out)
     subject = Subject.at("localised", checkpoint_dir)
     asked = asked_of(checkpoint_dir, data_path, documents, validation, limit)
     kept = Kept(None if out is None else out.with_name(f".{out.name}.parts"))
@@ -200,17 +201,6 @@ def check_limit(limit: int | None) -> int | None:
     if limit is not None and limit < 1:
         raise MemSinksError(f"limit is {limit}, but it must be at least 1.")
     return limit
-
-
-def check_place(out: Path | None) -> None:
-    """Refuse to write over something.
-
-    Raises:
-        MemSinksError: If there is a result or its scores.
-    """
-    if out is not None:
-        refuse_to_overwrite(out)
-        refuse_to_overwrite(scores_file(out))
 
 
 @contextmanager

@@ -28,8 +28,8 @@ _PACKAGES = ("litgpt-memsinks", "litgpt", "litdata", "lightning", "torch")
 
 
 def scores_file(out: Path) -> Path:
-    """Where the scores are: float32 ``(N, L, d_ff)`` in NumPy's format."""
-    return out.with_name(f"{out.stem}.scores.npy")
+    """Where the scores are: float32 ``(N, L, d_ff)`` in NumPy's format. Without the result they are a killed run's."""
+    return out.with_name(f"{out.name}.scores.npy")
 
 
 def provenance(subject: Subject, asked: Asked, args: Any, limit: int | None) -> dict[str, Any]:
