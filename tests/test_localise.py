@@ -106,7 +106,7 @@ def test_each_document_is_scored_without_its_own_neurons(checkpoint, prepared, t
     out = tmp_path / "x.json"
     points = localise(
         checkpoint, prepared, method="activation", mode="per_sequence", ratios=[0.25], out=out, limit=5,
-        validation_limit=4, prefix_length=10, documents_at_once=2,
+        validation_limit=4, prefix_length=10, documents_at_once=4,
     )  # fmt: skip
     content = json.loads(out.read_text())
     scores = np.load(tmp_path / "x.json.scores.npy")
