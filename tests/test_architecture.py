@@ -39,6 +39,10 @@ STAGES = [
     "evaluate",
     *("eval_configs", "export_evals"),
     *("report_schema", "report_results", "report_table", "report_charts", "report_svg", "report_figures"),
+    *("localise_neurons", "localise_hard_concrete", "localise_gradients", "localise_activation", "localise_zero_out"),
+    *("localise_random", "localise_scores", "localise_frontier", "localise_file", "localise", "localise_tune"),
+    "drop_neurons",
+    *("report_results", "report_table", "report_charts", "report_svg", "report_figures"),
     *("report_verdict", "report_examples", "report_page"),
     "report",
 ]
