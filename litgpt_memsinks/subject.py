@@ -239,6 +239,9 @@ def _sinks(model: BaseGPT) -> dict[str, Any] | None:
         "seed": config.sink_seed,
         "sinks_for": config.sink_sinks_for,
         "scale": config.sink_scale,
+        "off_share": config.sink_off_share,
+        "layers": config.sink_layers,
+        "mask": config.sink_mask,
     }
 
 

@@ -43,6 +43,9 @@ CARRIED = {
     "seed": (-7, "sink_seed", -7),
     "sinks_for": ("repeated", "sink_sinks_for", "repeated"),
     "scale": ("inverse", "sink_scale", "inverse"),
+    "off_share": (0.25, "sink_off_share", 0.25),
+    "layers": ([1], "sink_layers", [1]),
+    "mask": ("exact", "sink_mask", "exact"),
     "mask_version": (MASK_VERSION + 6, "sink_mask_version", MASK_VERSION + 6),
 }
 
@@ -53,6 +56,9 @@ REFUSED = {
     "seed": [(2**31, "2147483648"), (-(2**31) - 1, "-2147483649")],
     "sinks_for": [("none", "'none'"), (True, "True")],
     "scale": [("1/p", "'1/p'")],
+    "off_share": [(-0.1, "-0.1"), (1.0, "1.0"), (math.nan, "nan")],
+    "layers": [([], "[]"), ([0, 0], "[0, 0]"), ([-1], "[-1]"), ([0.5], "[0.5]")],
+    "mask": [("top_k", "'top_k'")],
     "mask_version": [(0, "0"), (2, "2")],
 }
 
@@ -63,6 +69,9 @@ ACCEPTED = {
     "seed": [2**31 - 1, -(2**31)],
     "sinks_for": ["all", "repeated"],
     "scale": ["none", "inverse"],
+    "off_share": [0.0, 0.999],
+    "layers": [None, [0], [1, 0]],
+    "mask": ["bernoulli", "exact"],
     "mask_version": [MASK_VERSION],
 }
 
