@@ -9,7 +9,6 @@ the demo's own ``standard`` and ``left_out`` runs of the same seed. The tables o
 import json
 import os
 import subprocess
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -71,13 +70,11 @@ class Found:
     """Share of the repeated documents whose tokens 33 to 64 come back from the first 32"""
     relearned: float
     """By how much the loss of other repeated documents falls while a few are relearnt"""
-    seconds: float
-    """Of training, wall time; 0 if it was done before"""
 
 
 def frontier(
     demo: Path = Path("runs/demo"),
-    settings: Path = Path("recipes/frontier.yaml"),
+    settings: Path = Path("recipes/frontier/settings.yaml"),
     out_dir: Path = Path("runs/frontier"),
     recipes: Path = Path("recipes/demo"),
     seeds: int = 1,
@@ -106,8 +103,8 @@ def frontier(
     for setting in chosen:
         for seed in range(1, seeds + 1):
             stream = _stream(demo, out_dir, setting.id_noise)
-            seconds = train(setting, stream, out_dir, recipes / f"{ARM}.yaml", seed, block_size)
-            rows.append(look(setting, demo, out_dir, seed, asked, block_size, seconds))
+            train(setting, stream, out_dir, recipes / f"{ARM}.yaml", seed, block_size)
+            rows.append(look(setting, demo, out_dir, seed, asked, block_size))
             print(_row(rows[-1]), flush=True)
     write_json(out_dir / "found.json", [asdict(row) for row in rows])
     print("\n" + table(rows))
@@ -125,7 +122,7 @@ def read_settings(path: Path, only: str = "") -> list[Setting]:
     except TypeError as error:
         raise MemSinksError(
             f"{str(path)!r} is no list of settings with name, sinks and id_noise ({error}). Give one such as "
-            "recipes/frontier.yaml."
+            "recipes/frontier/settings.yaml."
         ) from error
     names = [setting.name for setting in settings]
     if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -175,25 +172,21 @@ def _stream(demo: Path, out_dir: Path, id_noise: float) -> Path:
     return folder
 
 
-def train(setting: Setting, stream: Path, out_dir: Path, recipe: Path, seed: int, block_size: int) -> float:
+def train(setting: Setting, stream: Path, out_dir: Path, recipe: Path, seed: int, block_size: int) -> None:
     """Run the stock `litgpt pretrain` for one pass over the stream, unless that is done; its output is ``train.log``.
-
-    Returns:
-        Seconds it took; 0 if it was done before.
 
     Raises:
         MemSinksError: If it fails; the message has the end of its log.
     """
     folder = run_dir(out_dir, setting.name, seed)
     if (folder / "final" / "model_config.yaml").is_file():  # written last
-        return 0.0
+        return
     tokens = Manifest.read(stream).splits["train"].tokens
     steps = tokens // (MICRO_BATCH * (block_size + 1))
     command = pretrain_command(recipe, stream, folder, seed, block_size, steps * MICRO_BATCH * block_size)
     for name, value in setting.sinks.items():
         command += [f"--data.sinks.{name}", value if isinstance(value, str) else json.dumps(value)]
     folder.mkdir(parents=True, exist_ok=True)
-    started = time.monotonic()
     log = folder / "train.log"
     with open(log, "w", encoding="utf-8") as output:
         output.write(" ".join(command) + "\n")
@@ -202,12 +195,9 @@ def train(setting: Setting, stream: Path, out_dir: Path, recipe: Path, seed: int
     if done.returncode:
         end = "\n".join(log.read_text(encoding="utf-8").splitlines()[-10:])
         raise MemSinksError(f"Training {setting.name!r} failed with status {done.returncode}; {log} ends:\n{end}")
-    return round(time.monotonic() - started, 1)
 
 
-def look(
-    setting: Setting, demo: Path, out_dir: Path, seed: int, asked: Asked, block_size: int, seconds: float
-) -> Found:
+def look(setting: Setting, demo: Path, out_dir: Path, seed: int, asked: Asked, block_size: int) -> Found:
     """Measure one run beside the demo's references; what was measured before is not redone."""
     plan = Plan(PARTS, block_size, relearn_documents=(RELEARNED,), relearn_steps=RELEARNING_STEPS)
     subjects = [Subject.at(arm, run_dir(demo, arm, seed) / "final", role) for arm, role in REFERENCES.items()]
@@ -225,7 +215,6 @@ def look(
         row.gap_closed[0],
         extracted(arms[setting.name], "dropped"),
         relearned(arms[setting.name]),
-        seconds,
     )
 
 
