@@ -12,6 +12,7 @@ from litgpt.model import GPT as BaseGPT
 from litgpt.utils import save_config
 from torch._dynamo.testing import CompileCounter
 
+from litgpt_memsinks import sinks
 from litgpt_memsinks.config import MemSinksConfig, SinkArgs
 from litgpt_memsinks.difference import compare
 from litgpt_memsinks.drop_sinks import drop_sinks
@@ -45,10 +46,10 @@ LAYERS = {"layers": [1]}
 ALL = {"off_share": 0.5, "layers": [1], "mask": "exact", "sinks_for": "repeated"}
 
 
-def model_with(**sinks: Any) -> GPT:
+def model_with(**options: Any) -> GPT:
     """Two layers, 16 shared neurons and 48 sinks, p = .3; random weights."""
     torch.manual_seed(0)
-    return GPT(MemSinksConfig.from_base(Config(**TINY_MODEL), SinkArgs(0.25, 0.3, **sinks)))
+    return GPT(MemSinksConfig.from_base(Config(**TINY_MODEL), SinkArgs(0.25, 0.3, **options)))
 
 
 def batch(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -97,6 +98,12 @@ def test_exact_sinks_are_those_of_the_smallest_bits() -> None:
     assert same.sum() > 300
     assert torch.equal(exact[same], flips[same])
     assert abs(exact.float().mean(0) - 0.25).max() < 5 * (0.25 * 0.75 / len(ids)) ** 0.5  # no sink is preferred
+
+
+def test_equal_bits_do_not_make_more_sinks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which happens to one document in thousands: the sinks' numbers tell equal ones apart."""
+    monkeypatch.setattr(sinks, "mixed_bits", lambda ids, n_sink, seed: torch.full((*ids.shape, n_sink), -7).int())
+    assert exact_mask(torch.tensor([3, 0]), 10, 0.3).tolist() == [[True] * 3 + [False] * 7, [False] * 10]
 
 
 @settings(deadline=None, max_examples=30)
