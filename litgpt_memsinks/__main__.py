@@ -80,6 +80,7 @@ COMMANDS = {
     "full_size": Command("full_size", "full_size"),
     "release_size": Command("release_size", "release_size"),
     "removal_curve": Command("removal_curve", "removal_curve"),
+    "frontier": Command("frontier", "frontier"),
     "theory": Command("theory", "theory"),
 }
 

@@ -17,7 +17,6 @@ from litgpt_memsinks.config import MemSinksConfig
 from litgpt_memsinks.difference import Difference, Kind
 from litgpt_memsinks.errors import MemSinksError
 from litgpt_memsinks.manifest import DOCUMENTS
-from litgpt_memsinks.sinks import sink_mask
 
 _DOCUMENT_BITS = 2**31 - 1
 _BATCH = 1024  # documents whose masks are held at a time
@@ -173,7 +172,7 @@ def _masks(ids: list[int], config: MemSinksConfig) -> Iterator[torch.Tensor]:
     """Masks of some documents at a time, bool ``(documents, n_sink)``."""
     for start in range(0, len(ids), _BATCH):
         part = torch.tensor(ids[start : start + _BATCH], dtype=torch.int64)
-        yield sink_mask(part, config.n_sink, config.sink_active_probability, config.sink_seed)
+        yield config.mask(part)
 
 
 def ranges(mask: torch.Tensor) -> str:

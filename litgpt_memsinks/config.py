@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import litgpt.config
+import torch
 from litgpt.config import Config as BaseConfig
 from litgpt.config import name_to_config
 
 from litgpt_memsinks.errors import MemSinksError
-from litgpt_memsinks.sinks import MASK_VERSION, unpack_neurons
+from litgpt_memsinks.sinks import MASK_VERSION, exact_mask, sink_mask, unpack_neurons
 
 SinksFor = Literal["all", "repeated"]
 Scale = Literal["none", "inverse"]
 Method = Literal["memsinks", "mask_exact", "mask_cloud", "mask_sgtm"]
+Mask = Literal["bernoulli", "exact"]
 Strategy = Literal["litgpt", "ddp", "fsdp", "hsdp"]
 
 
@@ -39,6 +41,13 @@ class SinkArgs:
     method: Method = "memsinks"
     """How the sinks come to hold what repeats: the paper's method, or as a baseline a kind of gradient masking
     (docs/baselines.md). Under that, all repeated documents share all sinks"""
+    off_share: float = 0.0
+    """Share of a document's training rows in which its sinks are off, in [0, 1), so that the shared neurons learn to do
+    without. 0 is the paper. By a hash of ID and row, not at random"""
+    layers: list[int] | None = None
+    """Layers that have sinks, counted from 0. ``null``: all (the paper). The others have their shared neurons only"""
+    mask: Mask = "bernoulli"
+    """Each sink is on with probability p by itself (bernoulli, the paper), or exactly p of them are (exact)"""
     mask_version: int = MASK_VERSION
     """Version of the mask function. Set it only to state on which version a recipe was made"""
 
@@ -55,6 +64,10 @@ class SinkArgs:
         _check_choice("sinks_for", self.sinks_for, ("all", "repeated"))
         _check_choice("scale", self.scale, ("none", "inverse"))
         self._check_method()
+        _check_choice("mask", self.mask, ("bernoulli", "exact"))
+        if not 0 <= self.off_share < 1:
+            raise MemSinksError(f"sinks.off_share is {self.off_share}, but it must be at least 0 and below 1.")
+        _check_layers(self.layers)
         if not isinstance(self.seed, int) or not -(2**31) <= self.seed < 2**31:
             raise MemSinksError(f"sinks.seed is {self.seed}, but it must be an integer in [-2**31, 2**31).")
         if self.mask_version != MASK_VERSION:
@@ -68,7 +81,10 @@ class SinkArgs:
         _check_choice("method", self.method, ("memsinks", "mask_exact", "mask_cloud", "mask_sgtm"))
         if self.method == "memsinks":
             return
-        for name, only in (("active_probability", (None, 1.0)), ("sinks_for", ("all",)), ("scale", ("none",))):
+        for name, *only in (
+            *(("active_probability", None, 1.0), ("sinks_for", "all"), ("scale", "none")),
+            *(("off_share", 0.0), ("layers", None), ("mask", "bernoulli")),
+        ):
             if (value := getattr(self, name)) not in only:
                 raise MemSinksError(
                     f"sinks.{name} is {value!r}, but under method {self.method} all sinks learn from all repeated "
@@ -94,6 +110,17 @@ class SinkArgs:
 def _check_fraction(name: str, value: float | None) -> None:
     if value is not None and not 0 < value <= 1:
         raise MemSinksError(f"sinks.{name} is {value}, but it must be above 0 and at most 1.")
+
+
+def _check_layers(layers: list[int] | None) -> None:
+    if layers is None:
+        return
+    numbers = [layer for layer in layers if isinstance(layer, int) and layer >= 0]
+    if not layers or numbers != layers or len(set(layers)) < len(layers):
+        raise MemSinksError(
+            f"sinks.layers is {layers}, but it must be different numbers of layers, counted from 0, or null for all. "
+            "Train without sinks by sinks.shared_fraction 1.0."
+        )
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -248,6 +275,12 @@ class MemSinksConfig(BaseConfig):
     """See ``SinkArgs.scale``"""
     sink_method: Method = "memsinks"
     """See ``SinkArgs.method``"""
+    sink_off_share: float = 0.0
+    """See ``SinkArgs.off_share``; without effect outside training"""
+    sink_layers: list[int] | None = None
+    """See ``SinkArgs.layers``"""
+    sink_mask: Mask = "bernoulli"
+    """See ``SinkArgs.mask``"""
     sink_mask_version: int = MASK_VERSION
     """Version of the mask function that the weights were trained with"""
     sink_removed: str = ""
@@ -275,8 +308,16 @@ class MemSinksConfig(BaseConfig):
             sinks_for=self.sink_sinks_for,
             scale=self.sink_scale,
             method=self.sink_method,
+            off_share=self.sink_off_share,
+            layers=self.sink_layers,
+            mask=self.sink_mask,
             mask_version=self.sink_mask_version,
         ).check()
+        if self.sink_layers is not None and max(self.sink_layers) >= self.n_layer:
+            raise MemSinksError(
+                f"sinks.layers has layer {max(self.sink_layers)}, but the model's {self.n_layer} layers are counted "
+                "from 0. Leave it out."
+            )
         self._check_removed()
 
     def _check_removed(self) -> None:
@@ -336,6 +377,9 @@ class MemSinksConfig(BaseConfig):
             sink_sinks_for=sinks.sinks_for,
             sink_scale=sinks.scale,
             sink_method=sinks.method,
+            sink_off_share=sinks.off_share,
+            sink_layers=copy.deepcopy(sinks.layers),
+            sink_mask=sinks.mask,
             sink_mask_version=sinks.mask_version,
         )
 
@@ -356,6 +400,15 @@ class MemSinksConfig(BaseConfig):
         """Sink neurons in each MLP. 0: a plain model."""
         assert self.intermediate_size is not None  # set in __post_init__
         return self.intermediate_size - self.n_shared
+
+    def has_sinks(self, layer: int) -> bool:
+        """Whether a layer, counted from 0, has sinks."""
+        return self.n_sink > 0 and (self.sink_layers is None or layer in self.sink_layers)
+
+    def mask(self, sequence_ids: torch.Tensor) -> torch.Tensor:
+        """The sinks of documents, bool ``(..., n_sink)`` for IDs ``(...)``, repeated or not; removed ones, too."""
+        function = exact_mask if self.sink_mask == "exact" else sink_mask
+        return function(sequence_ids, self.n_sink, self.sink_active_probability, self.sink_seed)
 
     @property
     def mlp_class(self) -> type:

@@ -107,6 +107,7 @@ class _Pair:
         self.new_weights: Weights = {name: value for name, value in read_weights(after).items() if "." in name}
         self.sliced = [_Sliced(name, 0) for name in self.old_weights if name.endswith(ROWS)]
         self.sliced += [_Sliced(name, 1) for name in self.old_weights if name.endswith(COLUMNS)]
+        self.first = min(old.sink_layers or [0])
         self.factor = 1.0 / old.sink_active_probability if old.sink_scale == "inverse" else 1.0
 
     def refuse(self, reason: str) -> NoReturn:
@@ -198,13 +199,16 @@ class _Pair:
         kept[indices] = True
         for (part, old), (_, new) in zip(self.sinks(self.old_weights), self.sinks(self.new_weights), strict=True):
             expected = old.index_select(0, indices)
+            if not self.old.has_sinks(_layer(part.name)):
+                expected = torch.zeros_like(expected)  # never on there, whatever the weights hold
             factor = self.factor if part.dimension else 1.0
             if not _equal_up_to(expected, new, factor):
                 self.refuse(f"{part.name} differs in the sinks that are kept")
         return kept
 
     def _matched(self) -> list[int]:
-        """For each neuron of `after` behind the shared ones, the sink of `before` with the same rows in layer 0."""
+        """For each neuron of `after` behind the shared ones, the sink of `before` with the same rows in the first layer
+        that has sinks."""
         positions: dict[bytes, list[int]] = defaultdict(list)
         for index, key in enumerate(self._keys(self.old_weights)):
             positions[key].append(index)
@@ -212,19 +216,24 @@ class _Pair:
         for number, key in enumerate(self._keys(self.new_weights)):
             later = [index for index in positions.get(key, []) if index > (found[-1] if found else -1)]
             if not later:
-                self.refuse(
-                    f"neuron {self.old.n_shared + number} of layer 0 is none of its sinks, or not in their order"
-                )
+                neuron = self.old.n_shared + number
+                self.refuse(f"neuron {neuron} of layer {self.first} is none of its sinks, or not in their order")
             found.append(later[0])
         return found
 
     def _keys(self, weights: Weights) -> list[bytes]:
-        first = [rows for part, rows in self.sinks(weights) if ".h.0." in part.name and part.name.endswith(ROWS)]
+        sinks = self.sinks(weights)
+        first = [rows for part, rows in sinks if _layer(part.name) == self.first and part.name.endswith(ROWS)]
         first = [rows for rows in first if rows.dim() == 2]
         bytes_of = [rows.contiguous().view(torch.uint8).numpy() for rows in first]
         return [
             b"".join(xxhash.xxh3_128_digest(rows[index].data) for rows in bytes_of) for index in range(len(first[0]))
         ]
+
+
+def _layer(name: str) -> int:
+    """The layer of an MLP's tensor, ``transformer.h.LAYER.mlp...``."""
+    return int(name.split(".")[2])
 
 
 def _by_neuron(values: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 
 from litgpt_memsinks.config import MemSinksConfig
 from litgpt_memsinks.manifest import Manifest, Split
+from litgpt_memsinks.sinks import exact_number
 from litgpt_memsinks.sizing import Parameters
 
 BITS_PER_PARAMETER = 3.6
@@ -175,11 +176,13 @@ def _capacity_warnings(config: MemSinksConfig, parameters: Parameters, data: Dat
     assert data.repeats is not None  # something repeats
     assert config.padded_vocab_size is not None  # set by Config.__post_init__
     bits = data.repeated_tokens / data.repeats * math.log2(config.padded_vocab_size)
-    capacity = parameters.sinks * BITS_PER_PARAMETER
+    used = sum(map(config.has_sinks, range(config.n_layer))) / config.n_layer
+    sinks = round(parameters.sinks * used)
+    capacity = sinks * BITS_PER_PARAMETER
     if bits <= capacity:
         return []
     return [
-        f"The repeated text takes up to {bits / 8e6:,.1f} MB, but {parameters.sinks:,} sink parameters remember "
+        f"The repeated text takes up to {bits / 8e6:,.1f} MB, but {sinks:,} sink parameters remember "
         f"{capacity / 8e6:,.1f} MB at {BITS_PER_PARAMETER} bits each (arXiv 2505.24832): shared neurons take the rest."
     ]
 
@@ -189,7 +192,7 @@ def expected(config: MemSinksConfig, data: Data | None) -> dict[str, Any]:
     if not config.n_sink or config.sink_method != "memsinks":
         return {}
     n, p = config.n_sink, config.sink_active_probability
-    mean, deviation = active(n, p)
+    mean, deviation = (exact_number(n, p), 0.0) if config.sink_mask == "exact" else active(n, p)
     counts = [1, 10, 100, 1000]
     result: dict[str, Any] = {
         "shared_neurons": config.n_shared,

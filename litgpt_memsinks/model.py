@@ -25,7 +25,7 @@ from litgpt.model import batched_index_select, do_softcapping
 
 from litgpt_memsinks.config import MemSinksConfig
 from litgpt_memsinks.errors import MemSinksError
-from litgpt_memsinks.sinks import only_repeated, sink_mask, unpack_neurons
+from litgpt_memsinks.sinks import only_repeated, trained_without, unpack_neurons
 
 MARKER = "n_shared"
 """Name of the buffer that tells a checkpoint with sinks from a plain one: a plain GPT's strict load refuses it."""
@@ -87,7 +87,7 @@ class GPT(BaseGPT):
         """
         if idx.dim() == 3:
             if sequence_ids is None and self.training:
-                sequence_ids = idx[..., 1]
+                sequence_ids = self._trained_ids(idx[..., 0], idx[..., 1])
             idx = idx[..., 0]
         if self.training and sequence_ids is None and sinks is None and self.config.n_sink:
             sequence_ids = self._fake_ids(idx)
@@ -115,8 +115,14 @@ class GPT(BaseGPT):
         config = self.config
         if config.sink_sinks_for == "repeated" or (self.training and config.sink_method != "memsinks"):
             sequence_ids = only_repeated(sequence_ids)
-        on = sink_mask(sequence_ids, config.n_sink, config.sink_active_probability, config.sink_seed)
-        return self._not_removed(on)
+        return self._not_removed(config.mask(sequence_ids))
+
+    def _trained_ids(self, tokens: torch.Tensor, sequence_ids: torch.Tensor) -> torch.Tensor:
+        """The IDs whose sinks are on in training, both ``(B, T)``: 0 for none where ``off_share`` says so."""
+        if not self.config.sink_off_share:
+            return sequence_ids
+        off = trained_without(tokens, sequence_ids, self.config.sink_off_share, self.config.sink_seed)
+        return torch.where(off, 0, sequence_ids)
 
     def _not_removed(self, sinks: torch.Tensor) -> torch.Tensor:
         """The same without removed sinks."""
@@ -153,7 +159,8 @@ class GPT(BaseGPT):
             x = x * torch.tensor(self.config.n_embd**0.5, dtype=x.dtype)
         for block_idx, block in enumerate(self.transformer.h):
             rope = slice(None) if self.config.rope_indices is None else self.config.rope_indices[block_idx]
-            x = block(x, cos[..., rope], sin[..., rope], mask, input_pos, input_pos_maxp1, sinks)
+            on = sinks if self.config.has_sinks(block_idx) else None
+            x = block(x, cos[..., rope], sin[..., rope], mask, input_pos, input_pos_maxp1, on)
         x = self.transformer.ln_f(x)
         threshold = self.config.final_logit_softcapping
         clamp = nn.Identity() if threshold is None else partial(do_softcapping, thresh=threshold)

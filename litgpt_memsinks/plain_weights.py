@@ -14,7 +14,7 @@ from litgpt.config import Config
 from litgpt_memsinks.config import MemSinksConfig
 from litgpt_memsinks.errors import MemSinksError
 from litgpt_memsinks.model import MARKER, REMOVED, check_removed, removed_mask, sink_scale
-from litgpt_memsinks.sinks import only_repeated, sink_mask
+from litgpt_memsinks.sinks import only_repeated
 
 ROWS = ("mlp.fc.", "mlp.fc_1.", "mlp.fc_2.")
 """Layers of an MLP whose output neurons are hidden neurons: weights ``(intermediate_size, n_embd)`` and biases."""
@@ -38,7 +38,7 @@ def sinks_of(config: MemSinksConfig, sequence_ids: torch.Tensor) -> torch.Tensor
         sequence_ids = only_repeated(sequence_ids)
     on = torch.zeros(config.n_sink, dtype=torch.bool)
     for ids in sequence_ids.split(1024):  # a source may have millions of documents
-        on |= sink_mask(ids, config.n_sink, config.sink_active_probability, config.sink_seed).any(dim=0)
+        on |= config.mask(ids).any(dim=0)
     return (on & ~removed_mask(config)).nonzero().squeeze(-1)
 
 
@@ -115,7 +115,7 @@ class PlainWeights(Mapping[str, torch.Tensor]):
     ) -> None:
         self._weights = weights
         self._names = [name for name in weights if name not in (MARKER, REMOVED)]
-        self._n_shared, self._scale = config.n_shared, sink_scale(config)
+        self._n_shared, self._scale, self._config = config.n_shared, sink_scale(config), config
         self._sinks = sinks if sinks is not None and len(sinks) else None
 
     def __iter__(self) -> Iterator[str]:
@@ -135,7 +135,9 @@ class PlainWeights(Mapping[str, torch.Tensor]):
         if self._sinks is None:
             return alone(shared)  # the sinks' numbers are not saved along with the storage of the slice
         kept = weight.index_select(dimension, self._n_shared + self._sinks)
-        if dimension == 1 and self._scale != 1.0:
+        if not self._config.has_sinks(layer_of(name)):
+            kept = torch.zeros_like(kept)  # never on there: what the weights hold is their initial noise
+        elif dimension == 1 and self._scale != 1.0:
             kept = kept * self._scale  # what `switch_sinks` does to the activations
         return torch.cat((shared, kept), dim=dimension)
 
@@ -160,6 +162,11 @@ def tied(weights: Mapping[str, torch.Tensor]) -> bool:
         return False
     head, embedding = (weights[name] for name in EMBEDDINGS)
     return head.data_ptr() == embedding.data_ptr() or torch.equal(head, embedding)
+
+
+def layer_of(name: str) -> int:
+    """The layer that a parameter of a block belongs to, from its name, such as ``transformer.h.3.mlp.proj.weight``."""
+    return int(name.partition("transformer.h.")[2].partition(".")[0])
 
 
 def _sliced_dimension(name: str) -> int | None:

@@ -17,7 +17,6 @@ from litgpt_memsinks.config import MemSinksConfig
 from litgpt_memsinks.document_ids import DOCUMENT_BITS
 from litgpt_memsinks.document_table import DocumentTable
 from litgpt_memsinks.model import removed_mask
-from litgpt_memsinks.sinks import sink_mask
 
 _ELEMENTS = 1 << 22  # of masks at a time; hashing takes some int32 of each
 _BINS = 1000
@@ -77,7 +76,7 @@ def masks(config: MemSinksConfig, documents: torch.Tensor) -> Iterator[torch.Ten
     """
     alive = ~removed_mask(config)
     for some in documents.split(max(1, _ELEMENTS // config.n_sink)):
-        yield sink_mask(some, config.n_sink, config.sink_active_probability, config.sink_seed) & alive
+        yield config.mask(some) & alive
 
 
 def union(config: MemSinksConfig, documents: Iterable[int]) -> torch.Tensor:

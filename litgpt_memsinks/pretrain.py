@@ -197,9 +197,16 @@ def describe(config: MemSinksConfig) -> str:
     return (
         f"MemSinks: {config.n_shared} of {size} neurons of each MLP are shared (g = {config.n_shared / size:.3f}), "
         f"{config.n_sink} are sinks, each on for a document with p = {config.sink_active_probability:g} "
-        f"({config.sink_sinks_for} documents, scale {config.sink_scale})."
+        f"({config.sink_sinks_for} documents, scale {config.sink_scale}{_beyond_the_paper(config)})."
         + (f" {int(removed_mask(config).sum())} of them were removed and stay off." if config.sink_removed else "")
     )
+
+
+def _beyond_the_paper(config: MemSinksConfig) -> str:
+    """What `describe` says of settings that the paper does not have, where they are not left at their defaults."""
+    said = ", exactly so many" * (config.sink_mask == "exact")
+    said += f", off in {config.sink_off_share:g} of the rows" * bool(config.sink_off_share)
+    return said + (f", in layers {', '.join(map(str, config.sink_layers))}" if config.sink_layers is not None else "")
 
 
 def check_same_sinks(config: MemSinksConfig, checkpoint_dir: Path) -> None:
@@ -212,9 +219,10 @@ def check_same_sinks(config: MemSinksConfig, checkpoint_dir: Path) -> None:
     """
     saved = _saved_sinks(checkpoint_dir)
     for name, value in vars(config).items():
-        if saved and name.startswith("sink_") and name not in RECORD and saved.get(name) != value:
+        before = saved.get(name, getattr(MemSinksConfig, name, None))  # older than a setting: it had its default
+        if saved and name.startswith("sink_") and name not in RECORD and before != value:
             raise MemSinksError(
-                f"{str(checkpoint_dir)!r} was trained with {name} = {saved.get(name)}, but this run has {value}. "
+                f"{str(checkpoint_dir)!r} was trained with {name} = {before}, but this run has {value}. "
                 "Go on with the same data.sinks, or start anew in another out_dir."
             )
 

@@ -240,6 +240,9 @@ def _sinks(model: BaseGPT) -> dict[str, Any] | None:
         "sinks_for": config.sink_sinks_for,
         "scale": config.sink_scale,
         "method": config.sink_method,
+        "off_share": config.sink_off_share,
+        "layers": config.sink_layers,
+        "mask": config.sink_mask,
     }
 
 

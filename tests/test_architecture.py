@@ -69,7 +69,7 @@ SHARED = {
 TOOLS = {"chosen", "document_table", "document_walk", "inspect_data", "lookup", "similar", "verify"}
 """Modules that look at a prepared folder: what `prepare` wrote, before any model. Stages behind training use them."""
 WHOLE = {
-    *("__init__", "__main__", "plugin", "demo"),
+    *("__init__", "__main__", "plugin", "demo", "frontier"),
     *("bench", "bench_loader", "bench_generate", "bench_evaluate", "bench_data"),
     *("near_duplicate_table", "id_changes", "removal_curve", "release_size"),
     *("plan", "schedule", "sizing", "expectations", "full_size"),

@@ -44,6 +44,9 @@ CARRIED = {
     "sinks_for": ("repeated", "sink_sinks_for", "repeated"),
     "scale": ("inverse", "sink_scale", "inverse"),
     "method": ("mask_cloud", "sink_method", "mask_cloud"),
+    "off_share": (0.25, "sink_off_share", 0.25),
+    "layers": ([1], "sink_layers", [1]),
+    "mask": ("exact", "sink_mask", "exact"),
     "mask_version": (MASK_VERSION + 6, "sink_mask_version", MASK_VERSION + 6),
 }
 
@@ -58,6 +61,9 @@ REFUSED = {
     "sinks_for": [("none", "'none'"), (True, "True")],
     "scale": [("1/p", "'1/p'")],
     "method": [("mask", "'mask'"), (True, "True")],
+    "off_share": [(-0.1, "-0.1"), (1.0, "1.0"), (math.nan, "nan")],
+    "layers": [([], "[]"), ([0, 0], "[0, 0]"), ([-1], "[-1]"), ([0.5], "[0.5]")],
+    "mask": [("top_k", "'top_k'")],
     "mask_version": [(0, "0"), (2, "2")],
 }
 
@@ -69,6 +75,9 @@ ACCEPTED = {
     "sinks_for": ["all", "repeated"],
     "scale": ["none", "inverse"],
     "method": ["memsinks", "mask_exact", "mask_cloud", "mask_sgtm"],
+    "off_share": [0.0, 0.999],
+    "layers": [None, [0], [1, 0]],
+    "mask": ["bernoulli", "exact"],
     "mask_version": [MASK_VERSION],
 }
 

@@ -1,0 +1,104 @@
+"""The scan of settings: what it reads, what it refuses, and (long) a whole one beside a tiny demo."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from litgpt_memsinks import demo
+from litgpt_memsinks.__main__ import main
+from litgpt_memsinks.config import SinkArgs
+from litgpt_memsinks.errors import MemSinksError
+from litgpt_memsinks.frontier import Found, frontier, read_settings, table
+from tests.console import REPOSITORY
+
+SETTINGS = REPOSITORY / "recipes/frontier/settings.yaml"
+
+
+def test_the_settings_of_the_project_are_good():
+    settings = read_settings(SETTINGS)
+    assert len(settings) > 5
+    for setting in settings:
+        SinkArgs(**setting.sinks).check()
+        assert 0 <= setting.id_noise <= 1
+
+
+def test_settings_are_chosen_by_name(tmp_path):
+    path = tmp_path / "settings.yaml"
+    path.write_text(
+        yaml.safe_dump([{"name": "a"}, {"name": "b", "sinks": {"seed": 1}}, {"name": "c", "id_noise": 0.5}])
+    )
+    assert [setting.name for setting in read_settings(path, "c,a")] == ["a", "c"]
+    assert read_settings(path)[1].sinks == {"seed": 1}
+
+
+BAD = {
+    "no such file": (None, "", "is no list of settings"),
+    "not a list": ("name: a", "", "is no list of settings"),
+    "mistyped": ("- {name: a, sink: {}}", "", "unexpected keyword argument 'sink'"),
+    "no name": ("- {sinks: {}}", "", "missing 1 required positional argument: 'name'"),
+    "twice": ("[{name: a}, {name: a}]", "", "has 'a' more than once"),
+    "not there": ("[{name: a}, {name: b}]", "a,d", "has no setting 'd'. It has: a, b."),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_settings_are_refused_in_one_line(case, tmp_path, capsys):
+    content, only, problem = BAD[case]
+    path = tmp_path / "settings.yaml"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(SystemExit) as stop:
+        main(["frontier", "--settings", str(path), "--only", only, "--out_dir", str(tmp_path / "out")])
+    assert problem in str(stop.value)
+    assert "\n" not in str(stop.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_demo_that_is_not_finished_is_refused(tmp_path):
+    with pytest.raises(MemSinksError, match=r"has no finished run standard of seed 1\. Run .* --seeds 2 first"):
+        frontier(tmp_path, SETTINGS, tmp_path / "out", seeds=2)
+    with pytest.raises(MemSinksError, match="seeds is 0"):
+        frontier(tmp_path, SETTINGS, tmp_path / "out", seeds=0)
+
+
+def test_table():
+    row = Found("a", 2, 3.0, -0.021, 2.5, 0.1, 0.876, 0.0, 0.02)
+    assert table([row]).splitlines()[-1] == "| a | 2 | 3.000 | -2.1% | 2.500 | 0.100 | 87.6% | 0% | 0.020 |"
+    assert table([]).splitlines()[0].count("|") == table([row]).splitlines()[-1].count("|")
+
+
+@pytest.mark.long
+def test_settings_are_set_against_the_demos_references(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "EMBEDDED_DOCUMENTS", 150)
+    monkeypatch.setattr(demo, "REPEATED_DOCUMENTS", 4)
+    monkeypatch.setattr(demo, "REPEATS", 5)
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # compiling takes longer than these runs
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    recipes = REPOSITORY / "recipes/demo"
+    streams = demo.prepare_streams(None, tmp_path / "demo")
+    demo._remember(tmp_path / "demo", demo._settings(None, recipes))
+    for arm in ("standard", "left_out"):
+        folder = demo.run_dir(tmp_path / "demo", arm, 1)
+        command = demo.pretrain_command(recipes / f"{arm}.yaml", streams[demo.ARMS[arm]], folder, 1, 128, 8192)
+        subprocess.run(command, check=True, capture_output=True)
+    path = tmp_path / "settings.yaml"
+    sinks = {"shared_fraction": 0.3, "off_share": 0.1, "layers": [1], "mask": "exact", "sinks_for": "repeated"}
+    path.write_text(yaml.safe_dump([{"name": "all", "sinks": sinks}, {"name": "noise", "id_noise": 0.5}]))
+    command = [sys.executable, "-m", "litgpt_memsinks", "frontier", "--demo", tmp_path / "demo", "--settings", path]
+    command += ["--out_dir", tmp_path / "out", "--recipes", recipes]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    rows = json.loads((tmp_path / "out/found.json").read_text())
+    assert [row["name"] for row in rows] == ["all", "noise"]
+    assert all(2 < row["validation"] < 7 and row["extracted"] == 0 for row in rows)
+    saved = yaml.safe_load((tmp_path / "out/all-seed1/final/model_config.yaml").read_text())
+    assert (saved["sink_n_shared"], saved["sink_off_share"], saved["sink_layers"]) == (115, 0.1, [1])
+    assert (saved["sink_mask"], saved["sink_sinks_for"]) == ("exact", "repeated")
+    noisy = json.loads((tmp_path / "out/data/id_noise_0.5/manifest.json").read_text())
+    assert noisy["recipe"]["id_noise"] == 0.5
+    written = (tmp_path / "out/all-seed1/final/lit_model.pth").stat().st_mtime_ns
+    again = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert again.stdout.splitlines()[-4:] == done.stdout.splitlines()[-4:]  # `prepare` has said its part before
+    assert (tmp_path / "out/all-seed1/final/lit_model.pth").stat().st_mtime_ns == written
