@@ -185,6 +185,9 @@ def test_setting_reaches_the_model_configuration(name: str, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
+        (dict(off_share=0.1), "sinks.off_share is 0.1, but under method "),
+        (dict(layers=[0]), "sinks.layers is [0], but under method "),
+        (dict(mask="exact"), "sinks.mask is 'exact', but under method "),
         (dict(active_probability=0.3), "sinks.active_probability is 0.3, but under method "),
         (dict(sinks_for="repeated"), "sinks.sinks_for is 'repeated', but under method "),
         (dict(scale="inverse"), "sinks.scale is 'inverse', but under method "),
