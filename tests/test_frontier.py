@@ -2,11 +2,11 @@
 
 import json
 import subprocess
-import sys
 
 import pytest
 import yaml
 
+import litgpt_memsinks.frontier
 from litgpt_memsinks import demo
 from litgpt_memsinks.__main__ import main
 from litgpt_memsinks.config import SinkArgs
@@ -71,10 +71,12 @@ def test_table():
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 def test_settings_are_set_against_the_demos_references(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "EMBEDDED_DOCUMENTS", 150)
-    monkeypatch.setattr(demo, "REPEATED_DOCUMENTS", 4)
-    monkeypatch.setattr(demo, "REPEATS", 5)
+    for module in (demo, litgpt_memsinks.frontier):
+        monkeypatch.setattr(module, "REPEATED_DOCUMENTS", 4)
+        monkeypatch.setattr(module, "REPEATS", 5)
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # compiling takes longer than these runs
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     recipes = REPOSITORY / "recipes/demo"
@@ -87,9 +89,9 @@ def test_settings_are_set_against_the_demos_references(tmp_path, monkeypatch, ca
     path = tmp_path / "settings.yaml"
     sinks = {"shared_fraction": 0.3, "off_share": 0.1, "layers": [1], "mask": "exact", "sinks_for": "repeated"}
     path.write_text(yaml.safe_dump([{"name": "all", "sinks": sinks}, {"name": "noise", "id_noise": 0.5}]))
-    command = [sys.executable, "-m", "litgpt_memsinks", "frontier", "--demo", tmp_path / "demo", "--settings", path]
-    command += ["--out_dir", tmp_path / "out", "--recipes", recipes]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    capsys.readouterr()
+    frontier(tmp_path / "demo", path, tmp_path / "out", recipes)
+    said = capsys.readouterr().out
     rows = json.loads((tmp_path / "out/found.json").read_text())
     assert [row["name"] for row in rows] == ["all", "noise"]
     assert all(2 < row["validation"] < 7 and row["extracted"] == 0 for row in rows)
@@ -99,6 +101,6 @@ def test_settings_are_set_against_the_demos_references(tmp_path, monkeypatch, ca
     noisy = json.loads((tmp_path / "out/data/id_noise_0.5/manifest.json").read_text())
     assert noisy["recipe"]["id_noise"] == 0.5
     written = (tmp_path / "out/all-seed1/final/lit_model.pth").stat().st_mtime_ns
-    again = subprocess.run(command, check=True, capture_output=True, text=True)
-    assert again.stdout.splitlines()[-4:] == done.stdout.splitlines()[-4:]  # `prepare` has said its part before
+    frontier(tmp_path / "demo", path, tmp_path / "out", recipes)
+    assert capsys.readouterr().out.splitlines()[-4:] == said.splitlines()[-4:]  # `prepare` has said its part before
     assert (tmp_path / "out/all-seed1/final/lit_model.pth").stat().st_mtime_ns == written
