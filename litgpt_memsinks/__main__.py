@@ -77,6 +77,7 @@ COMMANDS = {
     "release_size": Command("release_size", "release_size"),
     "removal_curve": Command("removal_curve", "removal_curve"),
     "theory": Command("theory", "theory"),
+    "experiment": Command("experiment", "experiment", positional=True),
 }
 
 

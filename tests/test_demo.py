@@ -10,7 +10,7 @@ import threading
 import pytest
 from rich.progress import Progress
 
-from litgpt_memsinks import demo
+from litgpt_memsinks import demo, training_runs
 from litgpt_memsinks.errors import MemSinksError
 from tests.console import BOTH, REPOSITORY, zygote
 
@@ -58,7 +58,7 @@ def test_demo_prints_the_table_and_continues_where_it_was(tiny, tmp_path, capsys
     assert "<!doctype html>" in (tmp_path / "demo/report.html").read_text()
     assert (tmp_path / "demo/memsinks-seed1/dropped/lit_model.pth").is_file()
     log = (tmp_path / "demo/memsinks-seed1/train.log").read_text()
-    assert log.split()[:2] == [demo.pretrain_command(*[tmp_path] * 3, 1, 1, 1)[0], "pretrain"]
+    assert log.split()[:2] == [training_runs.pretrain_command(*[tmp_path] * 3, 1, 1, 1)[0], "pretrain"]
     finished = (tmp_path / "demo/memsinks-seed1/final/lit_model.pth").stat().st_mtime_ns
 
     demo.demo(out_dir=tmp_path / "demo", recipes=RECIPES)
@@ -85,7 +85,7 @@ def test_failed_run_shows_the_end_of_its_log(tmp_path):
         task = progress.add_task("run", total=1)
         command = ["sh", "-c", "echo out of luck; exit 3"]
         with pytest.raises(MemSinksError, match="status 3") as error:
-            demo._train(command, tmp_path / "run", 1, progress, task, threading.Event())
+            training_runs.train_run(command, tmp_path / "run", 1, progress, task, threading.Event())
     assert "out of luck" in str(error.value)
     assert "out of luck" in (tmp_path / "run/train.log").read_text()
 
