@@ -14,7 +14,7 @@ from litgpt_memsinks.bootstrap import Bootstrap
 from litgpt_memsinks.errors import MemSinksError
 from litgpt_memsinks.extraction import attempts, measure_extraction
 from litgpt_memsinks.files import write_json
-from litgpt_memsinks.losses import STATES, has_sinks, measure_losses
+from litgpt_memsinks.losses import STATES, has_own_sinks, has_sinks, measure_losses
 from litgpt_memsinks.membership import measure_tokens
 from litgpt_memsinks.relearning import MEASURED, measure_calibrated, measure_quantised, measure_relearning
 from litgpt_memsinks.subject import Asked, Subject, key_of
@@ -54,7 +54,7 @@ class Measured:
         found: Part to what its function returned; ``tokens`` serves both ``teacher_forced`` and ``membership``.
         seconds: Part to the time it took.
         skipped: Part to why there is nothing.
-        gate: Own and placebo loss and whether they are apart; ``None`` without sinks.
+        gate: Own and placebo loss and whether they are apart; ``None`` where documents have no sinks of their own.
         curve: Losses at the run's checkpoints.
     """
 
@@ -172,7 +172,7 @@ def measure(
         )  # fmt: skip
         measured.found[unit], measured.seconds[unit] = kept.get(key, compute[unit])
         done = cost(unit, asked, plan, has_sinks(model))
-        if unit == "losses" and has_sinks(model):
+        if unit == "losses" and has_own_sinks(model):
             measured.gate = gate(measured.found["losses"]["repeated"])
             if not measured.gate["pass"] and not allow_wrong_map:
                 raise MemSinksError(wrong_map(subject, measured.gate))

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from litgpt_memsinks.checkpoint import load_model
+from litgpt_memsinks.checkpoint import load_model, read_config
+from litgpt_memsinks.config import MemSinksConfig
 from litgpt_memsinks.difference import Kind
 from litgpt_memsinks.errors import MemSinksError
 from litgpt_memsinks.losses import placebo_ids, score
@@ -68,10 +69,16 @@ def measure(
         settings: How to measure.
 
     Raises:
-        MemSinksError: If own sinks do not help: the wrong-map gate.
+        MemSinksError: If own sinks do not help: the wrong-map gate. Or under gradient masking, which has no such gate.
     """
     if data_path is None:
         return {"losses": None, "gate": None, "settings": None}
+    config = read_config(before)
+    if isinstance(config, MemSinksConfig) and config.sink_method != "memsinks":
+        raise MemSinksError(
+            f"{str(before)!r} was trained by gradient masking ({config.sink_method}): no document has sinks of its "
+            "own, so losses cannot show whose data this is. Leave data_path out, and measure with evaluate."
+        )
     groups = grouped(data_path, kind, ids, settings.limit)
     old, used = losses(before, groups, data_path, settings)
     gate = gate_of(old)

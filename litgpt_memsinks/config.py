@@ -17,6 +17,7 @@ from litgpt_memsinks.sinks import MASK_VERSION, unpack_neurons
 
 SinksFor = Literal["all", "repeated"]
 Scale = Literal["none", "inverse"]
+Method = Literal["memsinks", "mask_exact", "mask_cloud", "mask_sgtm"]
 Strategy = Literal["litgpt", "ddp", "fsdp", "hsdp"]
 
 
@@ -35,6 +36,9 @@ class SinkArgs:
     """Which documents have sinks: all (the paper), or only those that occur more than once in the stream"""
     scale: Scale = "none"
     """Multiply sinks that are on by 1 (the paper) or by 1/p (inverse, as in inverted dropout)"""
+    method: Method = "memsinks"
+    """How the sinks come to hold what repeats: the paper's method, or as a baseline a kind of gradient masking
+    (docs/baselines.md). Under that, all repeated documents share all sinks"""
     mask_version: int = MASK_VERSION
     """Version of the mask function. Set it only to state on which version a recipe was made"""
 
@@ -50,6 +54,7 @@ class SinkArgs:
         _check_fraction("active_probability", self.active_probability)
         _check_choice("sinks_for", self.sinks_for, ("all", "repeated"))
         _check_choice("scale", self.scale, ("none", "inverse"))
+        self._check_method()
         if not isinstance(self.seed, int) or not -(2**31) <= self.seed < 2**31:
             raise MemSinksError(f"sinks.seed is {self.seed}, but it must be an integer in [-2**31, 2**31).")
         if self.mask_version != MASK_VERSION:
@@ -58,11 +63,32 @@ class SinkArgs:
                 "Install the release that the recipe or checkpoint was made with."
             )
 
+    def _check_method(self) -> None:
+        """Refuse settings of single documents' sinks where documents have none of their own."""
+        _check_choice("method", self.method, ("memsinks", "mask_exact", "mask_cloud", "mask_sgtm"))
+        if self.method == "memsinks":
+            return
+        for name, only in (("active_probability", (None, 1.0)), ("sinks_for", ("all",)), ("scale", ("none",))):
+            if (value := getattr(self, name)) not in only:
+                raise MemSinksError(
+                    f"sinks.{name} is {value!r}, but under method {self.method} all sinks learn from all repeated "
+                    "documents. Leave it out."
+                )
+        if self.shared_fraction == 1:
+            raise MemSinksError(
+                f"sinks.shared_fraction is 1.0, but method {self.method} needs neurons for what repeats. Lower it."
+            )
+
     def resolved(self, model_name: str) -> "SinkArgs":
-        """These settings with g and p, where ``None``, replaced by the default registered for ``model_name``."""
-        default = SINK_DEFAULTS.get(model_name, PAPER_SINKS)
+        """These settings with g and p, where ``None``, replaced by the default registered for ``model_name``.
+
+        Under gradient masking p is 1: a document's own sinks are all of them.
+        """
+        default = asdict(SINK_DEFAULTS.get(model_name, PAPER_SINKS))
+        if self.method != "memsinks":
+            default["active_probability"] = 1.0
         given = {name: value for name, value in asdict(self).items() if value is not None}
-        return SinkArgs(**{**asdict(default), **given})
+        return SinkArgs(**{**default, **given})
 
 
 def _check_fraction(name: str, value: float | None) -> None:
@@ -73,6 +99,37 @@ def _check_fraction(name: str, value: float | None) -> None:
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise MemSinksError(f"sinks.{name} is {value!r}. Choose from: {', '.join(choices)}.")
+
+
+@dataclass
+class GoldfishArgs:
+    """Goldfish loss (arXiv 2406.10209): some targets are left out of the training loss, always the same of a text."""
+
+    k: int = 0
+    """One in k targets is left out. 0: none, the ordinary loss"""
+    context_width: int = 13
+    """Tokens before a target that decide whether it is left out"""
+    seed: int = 0
+    """Another seed leaves out others"""
+
+    def check(self, block_size: int) -> None:
+        """Refuse values out of range.
+
+        Args:
+            block_size: Tokens in a training row, T.
+
+        Raises:
+            MemSinksError: Naming the field, its value and the limit.
+        """
+        if not isinstance(self.k, int) or (self.k != 0 and self.k < 2):
+            raise MemSinksError(f"goldfish.k is {self.k}, but it must be 0 (leave out none) or an integer from 2 on.")
+        if self.k and (not isinstance(self.context_width, int) or not 1 <= self.context_width < block_size):
+            raise MemSinksError(
+                f"goldfish.context_width is {self.context_width}, but it must be at least 1 and less than a row's "
+                f"{block_size} tokens."
+            )
+        if not isinstance(self.seed, int):
+            raise MemSinksError(f"goldfish.seed is {self.seed}, but it must be an integer.")
 
 
 @dataclass
@@ -189,6 +246,8 @@ class MemSinksConfig(BaseConfig):
     """See ``SinkArgs.sinks_for``"""
     sink_scale: Scale = "none"
     """See ``SinkArgs.scale``"""
+    sink_method: Method = "memsinks"
+    """See ``SinkArgs.method``"""
     sink_mask_version: int = MASK_VERSION
     """Version of the mask function that the weights were trained with"""
     sink_removed: str = ""
@@ -215,6 +274,7 @@ class MemSinksConfig(BaseConfig):
             seed=self.sink_seed,
             sinks_for=self.sink_sinks_for,
             scale=self.sink_scale,
+            method=self.sink_method,
             mask_version=self.sink_mask_version,
         ).check()
         self._check_removed()
@@ -228,6 +288,11 @@ class MemSinksConfig(BaseConfig):
                 f"sink_removed does not say which of the {self.n_sink} sinks are removed ({error}). Take the "
                 "checkpoint's model_config.yaml again."
             ) from error
+        if self.sink_removed and self.sink_method != "memsinks":
+            raise MemSinksError(
+                f"sink_removed lists removed sinks, but under sink_method {self.sink_method} no document has sinks of "
+                "its own. Take the checkpoint's model_config.yaml again."
+            )
         count = self.sink_removed_documents
         if not isinstance(count, int) or count < 0 or bool(count) != bool(self.sink_removed):
             raise MemSinksError(
@@ -270,6 +335,7 @@ class MemSinksConfig(BaseConfig):
             sink_seed=sinks.seed,
             sink_sinks_for=sinks.sinks_for,
             sink_scale=sinks.scale,
+            sink_method=sinks.method,
             sink_mask_version=sinks.mask_version,
         )
 
@@ -294,9 +360,11 @@ class MemSinksConfig(BaseConfig):
     @property
     def mlp_class(self) -> type:
         """The MLP with sinks that takes the place of LitGPT's of the same name."""
+        import litgpt_memsinks.gradient_masking
         import litgpt_memsinks.model
 
-        return getattr(litgpt_memsinks.model, self.mlp_class_name)
+        module = litgpt_memsinks.model if self.sink_method == "memsinks" else litgpt_memsinks.gradient_masking
+        return getattr(module, self.mlp_class_name)
 
 
 SUPPORTED_MLPS = ("LLaMAMLP", "GemmaMLP", "GptNeoxMLP")

@@ -2,12 +2,16 @@
 
 The stream on disk is ``t0 id0 t1 id1 ...``. A block of ``2 * (T + 1)`` numbers, viewed as pairs, lets LitGPT's own
 training and validation loops run unchanged: their slices along dimension 1 cut tokens and IDs together.
+
+With the Goldfish loss, training batches are ``(B, T + 1, 3)``: the third number is the token, or -100 if it is no
+target.
 """
 
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +22,11 @@ from litgpt.tokenizer import Tokenizer
 from torch.utils.data import DataLoader
 
 from litgpt_memsinks.chunks import read_index
-from litgpt_memsinks.config import LaunchArgs, SinkArgs, WatchArgs
+from litgpt_memsinks.config import GoldfishArgs, LaunchArgs, SinkArgs, WatchArgs
 from litgpt_memsinks.errors import MemSinksError
+from litgpt_memsinks.goldfish import left_out
 from litgpt_memsinks.manifest import MANIFEST, TOKENIZER, TOKENIZER_FILES, Manifest, tokenizer_fingerprint
+from litgpt_memsinks.metrics import IGNORED
 from litgpt_memsinks.remote import check_url, copy_files, is_url
 
 INT32_FORMATS = ("no_header_tensor:15", "no_header_tensor:16")
@@ -49,6 +55,14 @@ def collate_pairs(rows: list[np.ndarray] | list[torch.Tensor]) -> torch.Tensor:
     return deinterleave(torch.stack([torch.as_tensor(row) for row in rows]))
 
 
+def collate_goldfish(rows: list[np.ndarray] | list[torch.Tensor], goldfish: GoldfishArgs) -> torch.Tensor:
+    """Stack blocks as ``collate_pairs`` does, with what each token is as a target: ``(B, T + 1, 3)``, int32."""
+    pairs = collate_pairs(rows)
+    tokens, ids = pairs.unbind(-1)
+    ignored = torch.from_numpy(left_out(tokens.numpy(), ids.numpy(), goldfish))
+    return torch.stack((tokens, ids, tokens.masked_fill(ignored, IGNORED)), dim=-1)
+
+
 @dataclass
 class MemSinksData(LitData):
     """Loads a folder that ``litgpt-memsinks prepare`` wrote, and makes ``litgpt pretrain`` train with sinks."""
@@ -63,6 +77,8 @@ class MemSinksData(LitData):
     """How many DataLoader processes to use for loading"""
     sinks: SinkArgs = field(default_factory=SinkArgs)
     """Hyperparameters of the memorization sinks"""
+    goldfish: GoldfishArgs = field(default_factory=GoldfishArgs)
+    """Targets to leave out of the training loss, with sinks or as a baseline without them"""
     watch: WatchArgs = field(default_factory=WatchArgs)
     """What is measured at each validation besides ``val_loss``"""
     launch: LaunchArgs = field(default_factory=LaunchArgs)
@@ -132,6 +148,7 @@ class MemSinksData(LitData):
         if self.num_workers < 0:
             raise MemSinksError(f"data.num_workers is {self.num_workers}, but it must be at least 0.")
         self.watch.check()
+        self.goldfish.check(block_size)
         folder, remote = self._folder(), is_url(self.data_path)
         named = str(self.data_path).rstrip("/") if remote else str(folder)
         with _naming(folder, named):
@@ -163,6 +180,7 @@ class MemSinksData(LitData):
         from litgpt_memsinks.resumable_loader import ResumableLoader
 
         worker_init_fn = self._prepare_process(input_dir)
+        goldfish = train and self.goldfish.k
         dataset = StreamingDataset(
             input_dir=input_dir,
             item_loader=TokensLoader(block_size=self.seq_length),
@@ -176,7 +194,7 @@ class MemSinksData(LitData):
             pin_memory=torch.cuda.is_available(),
             num_workers=self.num_workers,
             drop_last=True,
-            collate_fn=collate_pairs,
+            collate_fn=partial(collate_goldfish, goldfish=self.goldfish) if goldfish else collate_pairs,
             worker_init_fn=worker_init_fn,
             same_content=self.same_content and train,
         )

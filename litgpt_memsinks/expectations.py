@@ -101,7 +101,7 @@ def sink_warnings(
         data: The prepared data; ``None``: not there yet.
     """
     found = _rate_warnings(config, parameters, learning_rate)
-    if not config.n_sink:
+    if not config.n_sink or config.sink_method != "memsinks":
         return found
     found += _model_warnings(config)
     if data is not None:
@@ -185,8 +185,8 @@ def _capacity_warnings(config: MemSinksConfig, parameters: Parameters, data: Dat
 
 
 def expected(config: MemSinksConfig, data: Data | None) -> dict[str, Any]:
-    """What the sinks will do, as numbers. Empty without sinks."""
-    if not config.n_sink:
+    """What the sinks will do, as numbers. Empty without sinks, and under gradient masking, where all are alike."""
+    if not config.n_sink or config.sink_method != "memsinks":
         return {}
     n, p = config.n_sink, config.sink_active_probability
     mean, deviation = active(n, p)

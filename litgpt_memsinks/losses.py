@@ -152,6 +152,11 @@ def has_sinks(model: BaseGPT) -> bool:
     return isinstance(model, GPT) and bool(model.config.n_sink)
 
 
+def has_own_sinks(model: BaseGPT) -> bool:
+    """Whether each document has sinks of its own. Under gradient masking all share them: a placebo is the same."""
+    return has_sinks(model) and model.config.sink_method == "memsinks"
+
+
 @contextmanager
 def in_state(model: BaseGPT, state: State, sequence_ids: torch.Tensor, seed: int) -> Iterator[torch.Tensor | None]:
     """Put a model into a state, and yield the IDs to hand it: ``None`` for no sinks.
@@ -206,13 +211,16 @@ def measure_losses(
 ) -> dict[str, dict[str, dict[str, list[Any]]]]:
     """Losses of the repeated documents in every state, and of the validation documents in two.
 
+    Under gradient masking the validation documents have the state ``own``, too: all neurons on (Fig. 3, "Keepall").
+
     Returns:
         Split, state, and the documents' ``nats`` and ``counts``. Models without sinks have the state ``dropped`` only.
     """
     with_sinks = has_sinks(model)
+    whole: tuple[State, ...] = () if has_own_sinks(model) else ("own",)
     wanted: list[tuple[str, Scored, tuple[State, ...]]] = [
         ("repeated", repeated, STATES if with_sinks else ("dropped",)),
-        ("validation", validation, ("dropped", "random_drop") if with_sinks else ("dropped",)),
+        ("validation", validation, ("dropped", *whole, "random_drop") if with_sinks else ("dropped",)),
     ]
     found: dict[str, dict[str, dict[str, list[Any]]]] = {}
     for split, documents, states in wanted:

@@ -4,7 +4,7 @@ A recipe (`recipes/data/`) lists sources in the order in which they choose their
 first source that takes it, whatever other files hold a copy.
 """
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from litgpt_memsinks.errors import MemSinksError
@@ -237,6 +237,22 @@ class Mixture:
         return self.near_duplicates.drop_validation or any(
             source.ids == "near_duplicate" for source in self.sources.values()
         )
+
+
+def deduplicated(sources: dict[str, Source], tokens: int) -> dict[str, Source]:
+    """The same sources with every document written once, and more of the last one: the paper's "deduplicated" (App. I).
+
+    For ``prepare``'s recipe of the baseline that sees no repeats at the same token budget. Each source but the last
+    chooses the documents that it chose before.
+
+    Args:
+        sources: As in ``Mixture``.
+        tokens: Of the training stream with repeats, as its manifest counts them; the new stream ends with the document
+            that reaches them. `prepare` refuses a last source with too little text.
+    """
+    once = {name: replace(source, repeats=1) for name, source in sources.items()}
+    last = list(once)[-1]
+    return {**once, last: replace(once[last], documents=None, tokens=None, fill_to=tokens)}
 
 
 def _check_at_least(where: str, least: int, **values: int | None) -> None:

@@ -102,6 +102,8 @@ class GPT(BaseGPT):
     def sinks(self, sequence_ids: torch.Tensor) -> torch.Tensor:
         """The mask of the sinks that are on under this model's configuration.
 
+        In training under gradient masking, that of the sinks that learn from the token: all, if its document repeats.
+
         Args:
             sequence_ids: Integer IDs of shape ``(B, T)``, or ``(B,)`` for one document per row.
 
@@ -111,7 +113,7 @@ class GPT(BaseGPT):
         if sequence_ids.dim() == 1:
             sequence_ids = sequence_ids.unsqueeze(-1)
         config = self.config
-        if config.sink_sinks_for == "repeated":
+        if config.sink_sinks_for == "repeated" or (self.training and config.sink_method != "memsinks"):
             sequence_ids = only_repeated(sequence_ids)
         on = sink_mask(sequence_ids, config.n_sink, config.sink_active_probability, config.sink_seed)
         return self._not_removed(on)

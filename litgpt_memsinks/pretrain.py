@@ -9,7 +9,7 @@ own ``main`` with some of the names it uses swapped while it runs; any other run
 import shutil
 import sys
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial, wraps
 from importlib.metadata import version
 from pathlib import Path
@@ -31,6 +31,7 @@ from litgpt.utils import chunked_cross_entropy
 from litgpt_memsinks.config import SINK_DEFAULTS, MemSinksConfig
 from litgpt_memsinks.data import MemSinksData
 from litgpt_memsinks.errors import MemSinksError
+from litgpt_memsinks.goldfish import describe as describe_goldfish
 from litgpt_memsinks.launch import LIGHTNING, check_batches, check_launched, initialize_weights, together
 from litgpt_memsinks.model import GPT, removed_mask
 from litgpt_memsinks.preemption import StoppableIterator, listening
@@ -53,11 +54,12 @@ RECORD = ("sink_removed", "sink_removed_documents")
 def pair_cross_entropy(
     logits: torch.Tensor | list[torch.Tensor], targets: torch.Tensor, *args: Any, **kwargs: Any
 ) -> torch.Tensor:
-    """LitGPT's loss on (token, sequence ID) pairs.
+    """LitGPT's loss on (token, sequence ID) pairs, or on the third number of each token if there is one.
 
     Args:
         logits: ``(B, T, padded_vocab_size)``.
-        targets: Pairs ``(B, T, 2)``, or plain tokens ``(B, T)`` as LitGPT's FLOP count passes them.
+        targets: Pairs ``(B, T, 2)``, triples ``(B, T, 3)`` (`data.collate_goldfish`), or plain tokens ``(B, T)`` as
+            LitGPT's FLOP count passes them.
         args: As in ``litgpt.utils.chunked_cross_entropy``.
         kwargs: As in ``litgpt.utils.chunked_cross_entropy``.
 
@@ -65,7 +67,7 @@ def pair_cross_entropy(
         Mean negative log-likelihood in nats per token, 0-dim.
     """
     if targets.dim() == 3:
-        targets = targets[..., 0]
+        targets = targets[..., 2 if targets.size(-1) == 3 else 0]
     return chunked_cross_entropy(logits, targets, *args, **kwargs)
 
 
@@ -115,6 +117,8 @@ def _main_with_sinks(
             check_same_sinks(sink_config, initial_checkpoint_dir)
             sink_config = with_removed(sink_config, initial_checkpoint_dir)
     fabric.print(describe(sink_config))
+    if data.goldfish.k:
+        fabric.print(describe_goldfish(data.goldfish))
     run = Run(
         fabric,
         sink_config,
@@ -185,6 +189,11 @@ def describe(config: MemSinksConfig) -> str:
     assert size is not None  # set by Config.__post_init__
     if not config.n_sink:
         return f"MemSinks: no sinks (shared_fraction 1.0), all {size} neurons of each MLP are shared."
+    if config.sink_method != "memsinks":
+        return (
+            f"Gradient masking ({config.sink_method}): repeated documents train {config.n_sink} of {size} neurons of "
+            f"each MLP, all others the other {config.n_shared} (g = {config.n_shared / size:.3f})."
+        )
     return (
         f"MemSinks: {config.n_shared} of {size} neurons of each MLP are shared (g = {config.n_shared / size:.3f}), "
         f"{config.n_sink} are sinks, each on for a document with p = {config.sink_active_probability:g} "
@@ -226,7 +235,10 @@ def _saved_sinks(checkpoint_dir: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}  # LitGPT writes it after the weights: a run killed in between says nothing about its sinks
     saved = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return saved if isinstance(saved, dict) and "sink_n_shared" in saved else {}
+    if not isinstance(saved, dict) or "sink_n_shared" not in saved:
+        return {}
+    # a checkpoint from before a setting was there has its default
+    return {field.name: field.default for field in fields(MemSinksConfig) if field.name.startswith("sink_")} | saved
 
 
 def compilation(fabric: L.Fabric) -> AbstractContextManager:

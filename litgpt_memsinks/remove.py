@@ -159,6 +159,11 @@ def require_sinks(checkpoint_dir: Path) -> MemSinksConfig:
             f"{str(checkpoint_dir)!r} has no sinks to remove. Name the checkpoint of a run with "
             "litgpt_memsinks.MemSinksData, before its sinks are dropped."
         )
+    if config.sink_method != "memsinks":
+        raise MemSinksError(
+            f"{str(checkpoint_dir)!r} was trained by gradient masking ({config.sink_method}): no document has sinks of "
+            "its own to remove. Use drop_sinks, which drops those of all."
+        )
     return config
 
 

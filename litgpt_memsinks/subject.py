@@ -239,6 +239,7 @@ def _sinks(model: BaseGPT) -> dict[str, Any] | None:
         "seed": config.sink_seed,
         "sinks_for": config.sink_sinks_for,
         "scale": config.sink_scale,
+        "method": config.sink_method,
     }
 
 

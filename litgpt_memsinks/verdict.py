@@ -12,6 +12,8 @@ from litgpt_memsinks.membership import scores
 from litgpt_memsinks.metrics import auc
 from litgpt_memsinks.results import Seed, extracted, gap, role, validation_change
 
+_NO_OWN_SINKS = "Not measured: documents have no sinks of their own."
+
 
 @dataclass(frozen=True)
 class Thresholds:
@@ -77,7 +79,7 @@ def gate_holds(seed: Seed, arm: str, thresholds: Thresholds) -> Check:
     """The IDs are those of the training run."""
     gate = seed[arm].gate
     if gate is None:
-        return Check("gate", math.nan, None, None, "Not measured: the model has no sinks.")
+        return Check("gate", math.nan, None, None, _NO_OWN_SINKS)
     why = f"With its own sinks on, a document has a loss of {gate['own']:.3f}, with another's of {gate['placebo']:.3f}"
     end = "." if gate["pass"] else ", which is no difference: these IDs, or this seed of the masks, are not the run's."
     return Check("gate", gate["placebo"] - gate["own"], 0.0, gate["pass"], why + end)
@@ -181,8 +183,8 @@ def random_neurons_do_not_do_it(seed: Seed, arm: str, thresholds: Thresholds) ->
 def placebo_does_not_help(seed: Seed, arm: str, thresholds: Thresholds) -> Check:
     """Each document needs its own sinks: those of another bring little back."""
     found = seed[arm].found["losses"]["repeated"]
-    if "own" not in found:
-        return Check("placebo", math.nan, thresholds.placebo, None, "Not measured: the model has no sinks.")
+    if "own" not in found or seed[arm].gate is None:
+        return Check("placebo", math.nan, thresholds.placebo, None, _NO_OWN_SINKS)
     dropped, own, placebo = (math.fsum(found[state]["nats"]) for state in ("dropped", "own", "placebo"))
     value = (dropped - placebo) / (dropped - own) if dropped > own else math.nan
     return _limit(

@@ -43,8 +43,12 @@ CARRIED = {
     "seed": (-7, "sink_seed", -7),
     "sinks_for": ("repeated", "sink_sinks_for", "repeated"),
     "scale": ("inverse", "sink_scale", "inverse"),
+    "method": ("mask_cloud", "sink_method", "mask_cloud"),
     "mask_version": (MASK_VERSION + 6, "sink_mask_version", MASK_VERSION + 6),
 }
+
+# other fields of MemSinksConfig that a field of SinkArgs changes
+IMPLIED = {"method": {"sink_active_probability"}}
 
 # field of SinkArgs -> values that are refused, and how the message writes them
 REFUSED = {
@@ -53,6 +57,7 @@ REFUSED = {
     "seed": [(2**31, "2147483648"), (-(2**31) - 1, "-2147483649")],
     "sinks_for": [("none", "'none'"), (True, "True")],
     "scale": [("1/p", "'1/p'")],
+    "method": [("mask", "'mask'"), (True, "True")],
     "mask_version": [(0, "0"), (2, "2")],
 }
 
@@ -63,6 +68,7 @@ ACCEPTED = {
     "seed": [2**31 - 1, -(2**31)],
     "sinks_for": ["all", "repeated"],
     "scale": ["none", "inverse"],
+    "method": ["memsinks", "mask_exact", "mask_cloud", "mask_sgtm"],
     "mask_version": [MASK_VERSION],
 }
 
@@ -163,7 +169,26 @@ def test_setting_reaches_the_model_configuration(name: str, monkeypatch: pytest.
         monkeypatch.setattr(litgpt_memsinks.config, "MASK_VERSION", value)  # as in a later release
     values = asdict(MemSinksConfig.from_base(tiny(), SinkArgs(**{name: value})))
     assert values[carrier] == carried
-    assert {key for key in values if values[key] != default[key]} == {carrier}
+    assert {key for key in values if values[key] != default[key]} == {carrier} | IMPLIED.get(name, set())
+
+
+@pytest.mark.parametrize("method", ["mask_exact", "mask_cloud", "mask_sgtm"])
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        (dict(active_probability=0.3), "sinks.active_probability is 0.3, but under method "),
+        (dict(sinks_for="repeated"), "sinks.sinks_for is 'repeated', but under method "),
+        (dict(scale="inverse"), "sinks.scale is 'inverse', but under method "),
+        (dict(shared_fraction=1.0), "sinks.shared_fraction is 1.0, but method "),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_gradient_masking_refuses_settings_of_single_documents_sinks(
+    method: Any, changes: dict[str, Any], problem: str
+) -> None:
+    with pytest.raises(MemSinksError, match=re.escape(problem + method)):
+        MemSinksConfig.from_base(tiny(), SinkArgs(method=method, **changes))
+    SinkArgs(method=method, active_probability=1.0).check()
 
 
 def test_paper_setting() -> None:
@@ -180,6 +205,7 @@ def test_paper_setting() -> None:
         ("no registered name", SinkArgs(), SinkArgs(0.7, 0.3)),
         ("Tiny-MemSinks", SinkArgs(shared_fraction=1.0), SinkArgs(1.0, 0.3)),
         ("Tiny-MemSinks", SinkArgs(active_probability=0.1), SinkArgs(0.5, 0.1)),
+        ("Tiny-MemSinks", SinkArgs(method="mask_exact"), SinkArgs(0.5, 1.0, method="mask_exact")),
         (
             "Tiny-MemSinks",
             SinkArgs(seed=3, sinks_for="repeated", scale="inverse"),
@@ -317,6 +343,12 @@ def test_without_sinks_all_neurons_are_shared() -> None:
         (dict(sink_seed=2**31), "seed is 2147483648"),
         (dict(sink_sinks_for="some"), "sinks_for is 'some'"),
         (dict(sink_scale="half"), "scale is 'half'"),
+        (dict(sink_method="exact"), "method is 'exact'"),
+        (dict(sink_method="mask_exact"), "active_probability is 0.3, but under method mask_exact"),
+        (
+            dict(sink_method="mask_sgtm", sink_active_probability=1.0, sink_n_shared=32, sink_removed="01"),
+            "sink_removed lists removed sinks, but under sink_method mask_sgtm no document has sinks of its own",
+        ),
         (dict(sink_mask_version=99), "mask_version is 99"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

@@ -1,5 +1,6 @@
 """Recipes: what is refused, and how a YAML file becomes one."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,10 @@ import yaml
 
 from litgpt_memsinks.__main__ import build_parser
 from litgpt_memsinks.errors import MemSinksError
-from litgpt_memsinks.mixture import Mixture, NearDuplicates, Source, ValidationSet
+from litgpt_memsinks.manifest import Manifest
+from litgpt_memsinks.mixture import Mixture, NearDuplicates, Source, ValidationSet, deduplicated
+from litgpt_memsinks.prepare import prepare
+from tests.helpers import read_written
 
 Change = dict[str, Any]
 NAN = float("nan")
@@ -239,3 +243,33 @@ def test_wrong_name_or_value_is_named(
         parse(recipe_file)
     said = capsys.readouterr().err
     assert place[-1] in said
+
+
+def test_deduplicated_is_every_document_once_at_the_same_token_budget(
+    corpus_dir: Path, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    path = str(corpus_dir / "train.jsonl")
+    sources = {"repeated": Source(path, documents=8, repeats=6), "once": Source(path, documents=100)}
+    budget = None
+    found = []
+    for name in ("repeats", "deduplicated"):
+        settings = sources if budget is None else deduplicated(sources, budget)
+        out_dir = tmp_path / name
+        prepare(
+            out_dir,
+            tokenizer_dir,
+            sources=settings,
+            validation={"val": ValidationSet(str(corpus_dir / "validation.jsonl"))},
+        )
+        manifest = Manifest.read(out_dir)
+        budget = manifest.splits["train"].tokens
+        found.append(read_written(out_dir / "train", eos=0))
+    repeats, once = (Counter(document.tokens for document in written) for written in found)
+    assert sorted(repeats.values()) == [1] * 100 + [6] * 8
+    assert set(once.values()) == {1}
+    assert set(repeats) < set(once)
+    wanted = sum(len(document.tokens) for document in found[0])
+    given = sum(len(document.tokens) for document in found[1])
+    assert wanted <= given < wanted + max(map(len, once))
+    assert all(document.sequence_id > 0 for document in found[1])  # nothing repeats
+    assert sources["once"].documents == 100  # a copy was changed

@@ -103,6 +103,7 @@ def test_checkpoint_carries_its_configuration_and_tokenizer(sink_run, prepared):
         "sink_seed": 0,
         "sink_sinks_for": "all",
         "sink_scale": "none",
+        "sink_method": "memsinks",
         "sink_mask_version": 1,
         "sink_removed": "",
         "sink_removed_documents": 0,

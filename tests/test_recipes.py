@@ -33,6 +33,15 @@ TRAINING = [path for path in ALL if "model_name" in yaml.safe_load(path.read_tex
 DATA = [path for path in ALL if "sources" in yaml.safe_load(path.read_text(encoding="utf-8"))]
 SIZES = {"smollm360": (1_000_000_000, 5e-4), "smollm1.7b": (2_000_000_000, 5e-5)}
 LARGE_ARMS = ("memsinks", "standard", "deduplicated", "memsinks_20repeats", "standard_20repeats")
+BASELINES = {
+    "mask_exact": {"sinks"},
+    "mask_cloud": {"sinks"},
+    "mask_sgtm": {"sinks"},
+    "goldfish": {"goldfish"},
+    "memsinks_goldfish": {"goldfish", "sinks"},
+    "dropped_width": {"model_config"},
+}
+"""Recipes beside the demo's arms, and in what they differ from its standard training."""
 LARGE = {f"{size}_{arm}" for size in SIZES for arm in LARGE_ARMS}
 
 
@@ -76,7 +85,7 @@ def differing(one: Path, other: Path) -> set[str]:
 
 def test_there_are_recipes() -> None:
     assert {path.stem for path in RECIPES.glob("*.yaml")} == LARGE
-    assert {path.stem for path in (RECIPES / "demo").glob("*.yaml")} == set(ARMS)
+    assert {path.stem for path in (RECIPES / "demo").glob("*.yaml")} == {*ARMS, *BASELINES}
 
 
 def test_every_recipe_is_for_training_or_for_data() -> None:
@@ -286,3 +295,27 @@ def test_arms_differ_only_in_what_they_must(arm: str) -> None:
     different = {re.sub(r"(sinks)\..*", r"\1", name) for name in differing(standard, other)}
     assert different <= ARM_DIFFERENCES
     assert content(other)["data"]["init_args"]["data_path"].rsplit("/", 1)[1] == ARMS[arm]
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_baselines_differ_only_in_what_they_must(name: str) -> None:
+    standard, other = (RECIPES / f"demo/{recipe}.yaml" for recipe in ("standard", name))
+    parts = {setting.removeprefix("data.init_args.").split(".")[0] for setting in differing(standard, other)}
+    assert parts == {"out_dir", *BASELINES[name]}
+    assert f"[{name}](demo/{name}.yaml)" in (RECIPES / "README.md").read_text(encoding="utf-8")
+
+
+def test_kinds_of_gradient_masking_have_the_sinks_of_memsinks() -> None:
+    memsinks = content(RECIPES / "demo/memsinks.yaml")["data"]["init_args"]["sinks"]
+    for method in ("mask_exact", "mask_cloud", "mask_sgtm"):
+        sinks = content(RECIPES / f"demo/{method}.yaml")["data"]["init_args"]["sinks"]
+        assert sinks == {"shared_fraction": memsinks["shared_fraction"], "method": method}
+    goldfish = content(RECIPES / "demo/memsinks_goldfish.yaml")["data"]["init_args"]
+    assert goldfish["sinks"] == memsinks
+    assert goldfish["goldfish"] == content(RECIPES / "demo/goldfish.yaml")["data"]["init_args"]["goldfish"]
+
+
+def test_dropped_width_is_the_plain_model_that_memsinks_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = parse(RECIPES / "demo/dropped_width.yaml", monkeypatch)
+    whole = parse(RECIPES / "demo/memsinks.yaml", monkeypatch)
+    assert plain["model_config"] == MemSinksConfig.from_name(whole["model_name"], whole["data"].sinks).to_base()
