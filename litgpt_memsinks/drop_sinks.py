@@ -91,7 +91,7 @@ def drop_sinks(
         save_weights(slices, scratch / WEIGHTS)
         copy_config_files(checkpoint_dir, scratch)  # tokenizer, and Hugging Face's files if there are any
         save_config(plain, scratch)
-        _write_hf_config(scratch, plain, slices)
+        write_hf_config(scratch, plain, slices)
         if certificate:
             _certify(checkpoint_dir, scratch, out_dir, stay, data_path)
     done = Dropped(stay, config.n_sink - len(stay.sinks), plain)
@@ -154,7 +154,7 @@ def progress(names: Iterable[str], doing: str) -> Iterable[str]:
     return track(list(names), doing, console=console, transient=True, disable=not console.is_terminal)
 
 
-def _write_hf_config(folder: Path, plain: Config, weights: Mapping[str, torch.Tensor]) -> None:
+def write_hf_config(folder: Path, plain: Config, weights: Mapping[str, torch.Tensor]) -> None:
     """Write the model's own ``config.json``, which ``litgpt evaluate`` needs.
 
     One that was copied came with the tokenizer and may be of another model. If transformers has no architecture for

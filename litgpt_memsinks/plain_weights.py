@@ -72,7 +72,7 @@ def without_sinks(
     return PlainWeights(weights, config, sinks)
 
 
-def neuron_dimensions(weights: Mapping[str, torch.Tensor], config: MemSinksConfig) -> dict[str, int]:
+def neuron_dimensions(weights: Mapping[str, torch.Tensor], config: Config) -> dict[str, int]:
     """Which weights and biases have one entry per hidden neuron, and along which dimension.
 
     Args:
