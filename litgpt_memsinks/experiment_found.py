@@ -1,8 +1,7 @@
 """What do the models of an experiment show? `evaluate`'s losses, the runs' own logs, checkpoints and localisations."""
 
 from collections.abc import Sequence
-from importlib import import_module
-from importlib.util import find_spec
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,13 +13,14 @@ from litgpt_memsinks.evaluate import measure_arms, results_content
 from litgpt_memsinks.experiment_measures import Found, Point, read_readings
 from litgpt_memsinks.experiment_runs import Planned, Workplace
 from litgpt_memsinks.experiments import Experiment, Localised
+from litgpt_memsinks.localise import frontier
+from litgpt_memsinks.localise_scores import LocaliseArgs
 from litgpt_memsinks.results import write_results
 from litgpt_memsinks.subject import Asked, Role, Subject, ask_prepared, key_of
 from litgpt_memsinks.verdict import Thresholds
 
 RATIOS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
 """Shares of each layer's neurons that a localisation drops."""
-LOCALISE = "litgpt_memsinks.localise"
 
 
 class Dropped(NamedTuple):
@@ -82,7 +82,7 @@ def measure_seed(
                 found.checkpoints[name] = _checkpoints(by_name[name].run.out_dir, name, asked, plan, device, kept)
         for localised in one.localised:
             if localised.arm in present:
-                notes += _localise(localised, by_name[localised.arm], workplace, asked, kept, found)
+                notes += _localise(localised, by_name[localised.arm], workplace, asked, device, kept, found)
     for name, run in by_name.items():
         found.readings[name] = read_readings(run.run.out_dir)
     return found, notes
@@ -122,21 +122,20 @@ def _checkpoints(
 
 
 def _localise(
-    localised: Localised, run: Planned, workplace: Workplace, asked: Asked, kept: Kept, found: Found
+    localised: Localised, run: Planned, workplace: Workplace, asked: Asked, device: str, kept: Kept, found: Found
 ) -> list[str]:
     """Try a localisation on a trained model, and add what it comes to; or a line that says why there is none."""
-    if find_spec(LOCALISE) is None:
-        return [f"{localised.name}: this installation has no {LOCALISE}"]
     subject = Subject.at(run.arm.name, run.final)
+    settings = LocaliseArgs(block_size=run.block_size)
     key = key_of(
         unit="frontier", model=subject.fingerprint(), data=asked.fingerprint(), method=localised.method, ratios=RATIOS,
-        seed=run.seed,
+        seed=run.seed, settings=asdict(settings),
     )  # fmt: skip
 
     def compute() -> list[Dropped]:
-        points = import_module(LOCALISE).frontier(
-            checkpoint_dir=run.final, data_path=workplace.stream(run.arm), method=localised.method, mode="pooled",
-            ratios=RATIOS, limit=None, seed=run.seed,
+        points = frontier(
+            subject, workplace.stream(run.arm), localised.method, "pooled", RATIOS, seed=run.seed, settings=settings,
+            device=device, parts=kept.folder,
         )  # fmt: skip
         return [Dropped(point.ratio, point.repeated_loss, point.validation_loss, point.n) for point in points]
 

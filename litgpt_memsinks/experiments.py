@@ -62,7 +62,7 @@ class Localised:
 
     name: str
     """In tables and figures"""
-    method: str
+    method: Literal["hard_concrete", "integrated_gradients"]
     """Of ``localise.frontier``"""
     arm: str
     """On which model"""
