@@ -64,6 +64,8 @@ class Scale:
     """Pattern of the training texts, if they are on disk already"""
     validation: str = ""
     """Pattern of the validation texts"""
+    validation_documents: int | None = None
+    """How many of them; all by default"""
     tokenizer_dir: str = ""
     """The tokenizer, if it is on disk already"""
 
@@ -79,7 +81,7 @@ def _width(n_embd: int) -> tuple[Setting, ...]:
 
 
 def _gpt2(n_layer: int, n_embd: int, n_head: int) -> tuple[Setting, ...]:
-    """A model like GPT-2 Medium of another size: GPT-2's own small and large ones."""
+    """A model like ``GPT2-Medium-MemSinks``, or one of GPT-2's other sizes: a recipe's model cannot be renamed."""
     values = {
         "name": f"gpt2-{n_layer}", "block_size": 1024, "vocab_size": 50257, "padding_multiple": 64, "n_layer": n_layer,
         "n_head": n_head, "n_embd": n_embd, "rotary_percentage": 1.0, "parallel_residual": "false",
@@ -140,7 +142,7 @@ GPU = Scale(
     tokens_per_document=210,
     minutes_per_million_tokens=None,
     settings=(
-        ("model_name", "GPT2-Medium-MemSinks"),
+        *_gpt2(24, 1024, 16),
         ("precision", "bf16-mixed"),
         ("data.num_workers", "4"),
         ("optimizer.init_args.lr", "6e-4"),
@@ -154,6 +156,7 @@ GPU = Scale(
     paper=True,
     texts="corpora/tinystories/train-00000-*.parquet",
     validation="corpora/tinystories/validation-*.parquet",
+    validation_documents=5000,
     tokenizer_dir="checkpoints/openai-community/gpt2",
 )
 """The paper's: GPT-2 Medium on TinyStories (Sec. 3 to 5.1), and the recipes of its SmolLM runs (Sec. 5.2)."""
@@ -283,7 +286,7 @@ def stream_settings(stream: Stream, scale: Scale, texts: Texts, recipes: Path) -
         "validation": {"validation": {"path": texts.validation}},
     }
     if scale.paper:
-        found["validation"]["validation"]["documents"] = 5000
+        found["validation"]["validation"]["documents"] = scale.validation_documents
         found["near_duplicates"] = {"drop_validation": True}  # TinyStories holds edited copies of one story
     if stream.left_out:
         found["leave_out_repeated"] = True

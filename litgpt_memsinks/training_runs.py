@@ -168,7 +168,7 @@ def train_run(
     tail: list[str] = []
     started = time.monotonic()
     with (
-        open(out_dir / LOG, "w", encoding="utf-8") as log,
+        open(out_dir / LOG, "w", encoding="utf-8", buffering=1) as log,  # a line at a time, to be followed
         subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
         ) as process,

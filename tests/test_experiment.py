@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
+from litgpt.config import name_to_config
 
 from litgpt_memsinks import experiment as command
 from litgpt_memsinks import experiment_measures as measures
@@ -83,6 +85,13 @@ def test_streams_follow_the_paper():
     assert paper["sources"]["repeated"]["documents"] == 100
     assert paper["sources"]["repeated"]["repeats"] == 128
     assert paper["sources"]["once"]["documents"] == 20_000
+
+
+def test_paper_scale_is_gpt2_medium():
+    changes = {name.removeprefix("model_config."): value for name, value in GPU.settings}
+    medium = name_to_config["GPT2-Medium-MemSinks"]
+    names = set(medium) - {"name", "hf_config"}
+    assert {name: yaml.safe_load(changes[name]) for name in names} == {name: medium[name] for name in names}
 
 
 def test_large_runs_take_the_papers_data_recipes():
