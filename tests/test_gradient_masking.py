@@ -10,9 +10,11 @@ from torch._dynamo.testing import CompileCounter
 
 from litgpt_memsinks import MemSinksConfig, MemSinksError, SinkArgs
 from litgpt_memsinks.drop_sinks import without_sinks
+from litgpt_memsinks.expectations import expected, sink_warnings
 from litgpt_memsinks.gradient_masking import RULES
 from litgpt_memsinks.model import GPT
 from litgpt_memsinks.remove import require_sinks
+from litgpt_memsinks.sizing import count_parameters
 from tests.sink_models import build, save
 
 METHODS = sorted(RULES)
@@ -293,3 +295,14 @@ def test_remove_refuses_sinks_that_all_documents_share(tmp_path: Any) -> None:
     folder = save(build(SinkArgs(0.5, method="mask_exact")), tmp_path / "model")
     with pytest.raises(MemSinksError, match=r"trained by gradient masking \(mask_exact\).*Use drop_sinks"):
         require_sinks(folder)
+
+
+def test_plan_expects_nothing_of_single_documents_sinks() -> None:
+    plain, mask = (
+        MemSinksConfig.from_base(base(), SinkArgs(0.4, 1.0, method=method)) for method in ("memsinks", "mask_sgtm")
+    )
+    parameters = count_parameters(plain, tied=False)
+    assert expected(plain, None)["sink_neurons"] == N - N_SHARED
+    assert any("active_probability is 1" in warning for warning in sink_warnings(plain, parameters, None, None))
+    assert expected(mask, None) == {}
+    assert sink_warnings(mask, parameters, None, None) == []

@@ -5,6 +5,7 @@ Where it is part of the test how the package is found, the process has imported 
 
 import shutil
 import subprocess
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -271,6 +272,16 @@ def test_checkpoint_that_says_nothing_of_sinks_is_a_start_for_any(content, tmp_p
     if content is not None:
         (tmp_path / "model_config.yaml").write_text(content)
     pretrain.check_same_sinks(MemSinksConfig.from_base(tiny_config, SinkArgs()), tmp_path)
+
+
+def test_checkpoint_from_before_there_were_methods_is_one_of_memsinks(tmp_path, tiny_config):
+    saved = asdict(MemSinksConfig.from_base(tiny_config, SinkArgs(0.5, 1.0)))
+    del saved["sink_method"]
+    (tmp_path / "model_config.yaml").write_text(yaml.safe_dump(saved))
+    pretrain.check_same_sinks(MemSinksConfig.from_base(tiny_config, SinkArgs(0.5, 1.0)), tmp_path)
+    masked = MemSinksConfig.from_base(tiny_config, SinkArgs(0.5, method="mask_exact"))
+    with pytest.raises(pretrain.MemSinksError, match="with sink_method = memsinks, but this run has mask_exact"):
+        pretrain.check_same_sinks(masked, tmp_path)
 
 
 def test_litgpt_without_a_name_we_replace_is_refused(monkeypatch):

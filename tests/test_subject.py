@@ -135,6 +135,7 @@ def test_facts_about_a_model_with_sinks(tmp_path):
         "seed": 3,
         "sinks_for": "repeated",
         "scale": "none",
+        "method": "memsinks",
     }
     other = Subject.at("b", save(tmp_path / "b", sink_model(seed=4)))
     assert other.sha256 == subject.sha256  # the same weights
