@@ -17,8 +17,15 @@ HEAD = """# The paper's figures and theorems, one by one
 
 Made by `litgpt-memsinks experiment report` from result files; do not edit it. How runs differ from the paper's is in
 each comment. Losses in nats per token, sinks dropped unless said; mean ± standard deviation over seeds.
+
+```
+litgpt-memsinks experiment list                          # what each takes
+litgpt-memsinks experiment all --seeds 3                 # on the embedded stories; --corpus FILE for others
+litgpt-memsinks experiment all --seeds 3 --scale gpu     # the paper's sizes
+litgpt-memsinks experiment report                        # this page
+```
 """
-LIST = "Not run: {names}. `litgpt-memsinks experiment list` says what each takes, `... experiment NAME` runs it."
+NOT_RUN = "Not run: {names}."
 
 
 def write_page(results: Path, out: Path) -> None:
@@ -81,7 +88,7 @@ def page(results: Sequence[dict[str, Any]], folder: Path | None = None) -> str:
     missing = [name for name in EXPERIMENTS if name not in {result["name"] for result in results}]
     lines = [HEAD, *_verdicts(), *_overview(results)]
     if missing:
-        lines += ["", LIST.format(names=", ".join(missing))]
+        lines += ["", NOT_RUN.format(names=", ".join(missing))]
     for result in results:
         lines += ["", *_section(result, folder)]
     return "\n".join(lines) + "\n"

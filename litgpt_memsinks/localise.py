@@ -23,7 +23,7 @@ from litgpt_memsinks.files import refuse_to_overwrite
 from litgpt_memsinks.localise_file import markdown, scores_file, write_localised
 from litgpt_memsinks.localise_frontier import Localised, Point, measure, total_work
 from litgpt_memsinks.localise_hard_concrete import HardConcreteArgs
-from litgpt_memsinks.localise_neurons import load_plain, shape_of
+from litgpt_memsinks.localise_neurons import dropped_number, load_plain, shape_of
 from litgpt_memsinks.localise_scores import LocaliseArgs, Method, Mode, check_ratio
 from litgpt_memsinks.subject import Asked, Subject, ask_files, ask_prepared
 
@@ -65,7 +65,8 @@ def localise(
         validation: With `documents`: file of texts like them that were not trained on.
         method: How neurons are scored.
         mode: per_sequence scores each document without its own neurons; pooled has one set of neurons for all.
-        ratios: Shares of each layer's neurons to drop. 0.01, 0.02, 0.05, 0.1, 0.2, 0.3 and 0.5 by default; 0 is added.
+        ratios: Shares of each layer's neurons to drop. 0.01, 0.02, 0.05, 0.1, 0.2, 0.3 and 0.5 by default, where that
+            is a neuron at least; 0 is added.
         out: JSON file for the result; the scores go beside it. Must not exist.
         prefix_length: Tokens of a document that are given; the others are its memorised suffix.
         block_size: Most targets of a document. The model's context length by default.
@@ -96,7 +97,8 @@ def localise(
     subject = Subject.at("localised", checkpoint_dir)
     asked = asked_of(checkpoint_dir, data_path, documents, validation, limit)
     kept = Kept(None if out is None else out.with_name(f".{out.name}.parts"))
-    found = run(subject, asked, args, [0.0, *(ratio for ratio in ratios or RATIOS if ratio)], device, kept)
+    with_zero = None if ratios is None else [0.0, *(ratio for ratio in ratios if ratio)]
+    found = run(subject, asked, args, with_zero, device, kept)
     print(f"{method}, {mode}, {len(asked.repeated.tokens)} repeated documents; losses in nats per token.\n")
     print(markdown(found.points))
     if out is not None:
@@ -145,17 +147,22 @@ def frontier(
 
 
 def run(
-    subject: Subject, asked: Asked, args: LocaliseArgs, ratios: Sequence[float], device: str, kept: Kept
+    subject: Subject, asked: Asked, args: LocaliseArgs, ratios: Sequence[float] | None, device: str, kept: Kept
 ) -> Localised:
     """Load the model, see that all fits, and measure, with a progress bar on stderr.
+
+    Without ``ratios``: 0, and those of ``RATIOS`` that drop a neuron at all.
 
     Raises:
         MemSinksError: See ``localise``.
     """
     model = loaded(subject, asked, device)
     args.check_model(model)
+    width = shape_of(model)[1]
+    if ratios is None:
+        ratios = [0.0, *(ratio for ratio in RATIOS if dropped_number(ratio, width))]
     for ratio in ratios:
-        check_ratio(ratio, shape_of(model)[1])
+        check_ratio(ratio, width)
     with progress("Localising", total_work(model, asked, args, ratios)) as advance:
         return measure(model, subject, asked, args, ratios, kept, advance)
 

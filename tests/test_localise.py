@@ -106,7 +106,7 @@ def test_each_document_is_scored_without_its_own_neurons(checkpoint, prepared, t
     out = tmp_path / "x.json"
     points = localise(
         checkpoint, prepared, method="activation", mode="per_sequence", ratios=[0.25], out=out, limit=5,
-        validation_limit=4, prefix_length=10, documents_at_once=2,
+        validation_limit=4, prefix_length=10, documents_at_once=4,
     )  # fmt: skip
     content = json.loads(out.read_text())
     scores = np.load(tmp_path / "x.json.scores.npy")
@@ -174,9 +174,10 @@ def test_documents_may_be_files_of_text(checkpoint, prepared, corpus_dir, tmp_pa
     write_jsonl(tmp_path / "documents.jsonl", texts)
     validation = write_jsonl(tmp_path / "validation.jsonl", read_jsonl(corpus_dir / "validation.jsonl")[:2])
     points = localise(
-        checkpoint, documents=tmp_path / "documents.jsonl", validation=validation, method="random", ratios=[0.5]
+        checkpoint, documents=tmp_path / "documents.jsonl", validation=validation, method="random", ratios=None
     )
-    assert [point.n for point in points] == [3, 3]
+    assert [point.n for point in points] == [3] * 7
+    assert [point.ratio for point in points] == [0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5]  # .01 of 64 neurons is none
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
@@ -257,6 +258,7 @@ def test_dropped_checkpoint_is_the_model_without_the_neurons(kind, standard, pre
     note = json.loads((tmp_path / "dropped/dropped_neurons.json").read_text())
     assert (note["ratio"], note["method"], note["per_layer"]) == (0.25, "random", [0, 16])
     assert (tmp_path / "dropped/tokenizer.json").is_file()
+    assert kind != "llama" or (tmp_path / "dropped/config.json").is_file()  # which `litgpt evaluate` needs
 
 
 def test_checkpoint_without_one_documents_neurons(checkpoint, prepared, tmp_path):
