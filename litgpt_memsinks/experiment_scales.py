@@ -272,7 +272,7 @@ def stream_settings(stream: Stream, scale: Scale, texts: Texts, recipes: Path) -
                 },
                 "bulk": {"path": texts.bulk, "choose": "first", "fill_to": _budget(scale)},
             },
-            "validation": {"rare": {"path": texts.rare_validation}},
+            "validation": {"rare_validation": {"path": texts.rare_validation}},
         }
     repeated: dict[str, Any] = {"path": texts.train, "documents": scale.repeated, "repeats": scale.repeats}
     once: dict[str, Any] = {"path": texts.train, "documents": scale.once}

@@ -6,12 +6,13 @@ import os
 import signal
 import subprocess
 import time
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import yaml
 
-from litgpt_memsinks import experiment_scales
+from litgpt_memsinks import experiment_found, experiment_scales
 from litgpt_memsinks.errors import MemSinksError
 from litgpt_memsinks.experiment import open_workplace, run_experiment
 from litgpt_memsinks.experiment_measures import read_readings
@@ -19,6 +20,7 @@ from litgpt_memsinks.experiment_runs import Workplace
 from litgpt_memsinks.experiment_scales import EMBEDDED, GPU, Texts
 from litgpt_memsinks.experiments import EXPERIMENTS, LEFT_OUT_ARM, MEMSINKS, STANDARD, Arm, Check, Experiment
 from tests.console import BOTH, REPOSITORY, zygote
+from tests.helpers import read_written
 
 RECIPES = REPOSITORY / "recipes"
 QUICK = (("train.log_interval", "1"), ("eval.max_iters", "1"), ("data.watch.documents", "2"),
@@ -117,17 +119,26 @@ def test_killed_experiment_goes_on_and_failed_arms_leave_the_others(tiny, tmp_pa
 
 
 @pytest.mark.long  # six runs
-def test_experiments_share_runs_whatever_they_call_them(tiny, tmp_path):
-    one = replace(TRIED, arms=(STANDARD, MEMSINKS, SMALL), checks=())
+def test_experiments_share_runs_whatever_they_call_them(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment_found, "RATIOS", (0.0, 0.1, 0.5))  # there are 48 neurons
+    found = EXPERIMENTS["fig4"].localised
+    one = replace(TRIED, arms=(STANDARD, LEFT_OUT_ARM, MEMSINKS, SMALL), checks=(), localised=found,
+                  pictures=("frontier",))  # fmt: skip
     assert run(one, tmp_path) == []
+    result = json.loads((tmp_path / "cpu-embedded/fig4/experiment.json").read_text())
+    assert result["notes"] == []
+    (frontiers,) = result["frontiers"]
+    assert set(frontiers) == {"price", "hard_concrete", "integrated_gradients"}
+    assert frontiers["hard_concrete"][0] == [0.0, 0.0]  # nothing dropped
+    assert len(frontiers["hard_concrete"]) == 3
     before = weights(tmp_path)
-    assert len(before) == 3
+    assert len(before) == 4
     other = replace(MEMSINKS, name="again", settings=(("data.sinks.active_probability", "0.9"),))
     shared = Experiment("fig5a", "Figure 5a", "", "", (replace(MEMSINKS, name="the_same"), other), asked="the_same")
     assert run(shared, tmp_path) == []
     after = weights(tmp_path)
     assert before.items() <= after.items()
-    assert len(after) == 4
+    assert len(after) == 5
     result = json.loads((tmp_path / "cpu-embedded/fig5a/experiment.json").read_text())
     assert result["arms"][0]["folders"][0].split("/")[-2] in before
     assert result["values"]["repeated"]["again"]["mean"] != result["values"]["repeated"]["the_same"]["mean"]
@@ -191,3 +202,31 @@ def test_large_runs_are_the_papers_recipes_as_they_are(tmp_path):
         for arm in one.arms:
             assert workplace.recipe(arm) == RECIPES / f"{arm.paper_recipe}.yaml"
             assert workplace.changes(arm, {}) == []
+
+
+def test_every_stream_is_what_it_is_called(tmp_path, monkeypatch):
+    sizes = replace(TINY, once=20, repeats=2, rare=2, rare_repeats=3, documents=40, canary_tokens=32)
+    monkeypatch.setattr(experiment_scales, "EMBEDDED", sizes)
+    workplace = open_workplace("cpu", None, tmp_path, RECIPES)
+    streams = {arm.stream.name: arm for one in EXPERIMENTS.values() for arm in one.arms}
+    written = {name: read_written(workplace.stream(arm) / "train", eos=0) for name, arm in streams.items()}
+    times = {name: Counter(document.tokens for document in documents) for name, documents in written.items()}
+    of = {name: Counter(found.values()) for name, found in times.items()}
+    noises = ["id_noise_0.05", "id_noise_0.1", "id_noise_0.25", "id_noise_0.5", "id_noise_1"]
+    for name in ("stream", "canary", *noises):
+        assert of[name] == {2: 3, 1: 20}
+    assert of["left_out"] == {1: 20}
+    assert times["left_out"].keys() < times["stream"].keys()
+    assert of["single"] == {2: 1, 1: 39}
+
+    def repeated(name):
+        return {tokens for tokens, number in times[name].items() if number > 1}
+
+    stories = {tokens[:-1] for tokens in repeated("stream")}  # without the end of the text
+    assert {tokens[:-33] for tokens in repeated("canary")} == stories
+    ids = {document.sequence_id for document in written["id_noise_1"] if document.tokens in repeated("stream")}
+    assert len(ids) == 6
+    assert {of[name][repeats] for name, repeats in (("rare_base", 3), ("rare_twice", 6))} == {2}
+    assert repeated("rare_base") == repeated("rare_twice") < times["rare_once"].keys()
+    lengths = [sum(len(document.tokens) for document in written[name]) for name in streams if name.startswith("rare")]
+    assert max(lengths) - min(lengths) < 200  # to a document
