@@ -26,7 +26,7 @@ from litgpt_memsinks.experiment_report import write_page
 from litgpt_memsinks.experiment_results import EXPERIMENT, content, shown, theorem_content
 from litgpt_memsinks.experiment_runs import Planned, Workplace, train
 from litgpt_memsinks.experiment_scales import ScaleName, make_texts, scale_of, tokens_of
-from litgpt_memsinks.experiments import EXPERIMENTS, Experiment
+from litgpt_memsinks.experiments import EXPERIMENTS, Arm, Experiment
 from litgpt_memsinks.files import write_json
 from litgpt_memsinks.subject import sha256_of
 from litgpt_memsinks.theory import PARTS as THEOREMS
@@ -202,24 +202,34 @@ def run_theorem(one: Experiment, folder: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------- printing
 
 
+def run_of(arm: Arm) -> tuple[object, ...]:
+    """What tells runs apart: arms that agree in it share one."""
+    return (arm.recipe, arm.stream, arm.settings, arm.size, arm.reading_every)
+
+
 def print_costs(scale: ScaleName, seeds: int, corpus: Path | None) -> None:
     """What each experiment takes, alone; and all of them together, which share runs."""
     sizes, cores = scale_of(scale, corpus), os.cpu_count() or 1
     speeds = sizes.minutes_per_million_tokens
 
     def row(experiments: Sequence[Experiment]) -> tuple[str, ...]:
-        arms = {(arm.recipe, arm.stream, arm.settings, arm.size, arm.reading_every): arm
-                for one in experiments for arm in one.arms}  # fmt: skip
+        arms = {run_of(arm): arm for one in experiments for arm in one.arms}
         if not arms:
             return ("–", "–", "–", "seconds")
         tokens = [tokens_of(arm, sizes) for arm in arms.values()]
-        known = None if None in tokens else sum(filter(None, tokens)) * seeds
+        total = None if None in tokens else sum(filter(None, tokens)) * seeds
         minutes = "not measured"
         if speeds is not None:
-            training = sum((tokens_of(arm, sizes) or 0) / 1e6 * speeds[arm.size] for arm in arms.values()) * seeds
-            minutes = f"{training / cores + len(arms) * seeds * MEASURING_MINUTES:.0f}"
-        total = "as in the recipes" if known is None else f"{known / 1e6:.1f}M"
-        return (str(len(arms)), str(len(arms) * seeds), total, minutes)
+            training = sum((tokens_of(arm, sizes) or 0) / 1e6 * speeds[arm.size] for arm in arms.values())
+            methods = {
+                (found.method, next(run_of(arm) for arm in one.arms if arm.name == found.arm))
+                for one in experiments
+                for found in one.localised
+            }
+            measuring = len(arms) * MEASURING_MINUTES + len(methods) * sizes.minutes_per_localisation
+            minutes = f"{seeds * (training / cores + measuring):.0f}"
+        counted = "as in the recipes" if total is None else f"{total / 1e6:.1f}M"
+        return (str(len(arms)), str(len(arms) * seeds), counted, minutes)
 
     table = Table(title=f"Experiments, scale {scale}, {seeds} seed(s), {cores} core(s)", title_justify="left")
     for heading in ("name", "in the paper", "arms", "runs", "tokens", "minutes, estimated"):
