@@ -82,6 +82,7 @@ COMMANDS = {
     "removal_curve": Command("removal_curve", "removal_curve"),
     "frontier": Command("frontier", "frontier"),
     "theory": Command("theory", "theory"),
+    "experiment": Command("experiment", "experiment", positional=True),
 }
 
 

@@ -7,27 +7,11 @@ import hashlib
 import json
 import os
 import random
-import re
-import shutil
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from litgpt_memsinks.battery import PARTS, Kept, Plan
 from litgpt_memsinks.bootstrap import Bootstrap
@@ -37,12 +21,13 @@ from litgpt_memsinks.drop_sinks import drop_sinks
 from litgpt_memsinks.errors import MemSinksError
 from litgpt_memsinks.evaluate import measure_arms, print_results, results_content
 from litgpt_memsinks.files import atomic_directory, write_json
-from litgpt_memsinks.manifest import MANIFEST, Manifest
+from litgpt_memsinks.manifest import MANIFEST
 from litgpt_memsinks.prepare import prepare
 from litgpt_memsinks.pretrain import NO_COMPILER, has_cpp_compiler
 from litgpt_memsinks.report import report
 from litgpt_memsinks.results import Seed, compare, write_results
 from litgpt_memsinks.subject import Asked, Role, Subject, ask_prepared
+from litgpt_memsinks.training_runs import MICRO_BATCH, TrainingRun, one_pass, pretrain_command, train_runs
 from litgpt_memsinks.verdict import Thresholds
 
 ARMS = {
@@ -63,7 +48,6 @@ EMBEDDED_DOCUMENTS, OWN_DOCUMENTS = 4500, 3000  # documents that occur once: wha
 EMBEDDED_BLOCK, OWN_BLOCK = 128, 256  # tokens in a training row
 OWN_CHARACTERS = 1500  # longer texts are cut: a block holds about 1,000 characters, and the demo has minutes
 VALIDATION_FRACTION = 0.08
-MICRO_BATCH = 8  # of the recipes
 
 
 @dataclass
@@ -191,9 +175,7 @@ def prepare_streams(corpus: Path | None, out_dir: Path) -> dict[str, Path]:
     texts, data = out_dir / "corpus", out_dir / "data"
     if not texts.is_dir():
         write_corpus(texts, EMBEDDED_DOCUMENTS + REPEATED_DOCUMENTS, 256) if corpus is None else sample(corpus, texts)
-    tokenizer_dir = out_dir / "tokenizer"
-    if not tokenizer_dir.is_dir():
-        train_tokenizer(read_texts(texts / "train.jsonl"), tokenizer_dir, VOCAB_SIZE)
+    tokenizer_dir = own_tokenizer(texts / "train.jsonl", out_dir)
     variants = {"stream": {}, "left_out": {"leave_out_repeated": True}, "id_noise": {"id_noise": 1.0}}
     for name, changes in variants.items():
         if not (data / name / MANIFEST).is_file():
@@ -209,7 +191,15 @@ def prepare_streams(corpus: Path | None, out_dir: Path) -> dict[str, Path]:
     return {name: data / name for name in variants}
 
 
-def sample(corpus: Path, out_dir: Path, seed: int = 0) -> None:
+def own_tokenizer(texts: Path, out_dir: Path) -> Path:
+    """The folder of a small tokenizer of a corpus; a finished one is kept."""
+    tokenizer_dir = out_dir / "tokenizer"
+    if not tokenizer_dir.is_dir():
+        train_tokenizer(read_texts(texts), tokenizer_dir, VOCAB_SIZE)
+    return tokenizer_dir
+
+
+def sample(corpus: Path, out_dir: Path, seed: int = 0, documents: int = OWN_DOCUMENTS + REPEATED_DOCUMENTS) -> None:
     """Take a seeded sample of a user's corpus that trains in minutes, and write it as train and validation JSON lines.
 
     Texts are cut to ``OWN_CHARACTERS`` characters. Exact copies are dropped, so that only the demo's repeats repeat.
@@ -218,8 +208,7 @@ def sample(corpus: Path, out_dir: Path, seed: int = 0) -> None:
         MemSinksError: If the corpus is too small.
     """
     rng = random.Random(seed)
-    wanted = OWN_DOCUMENTS + REPEATED_DOCUMENTS
-    wanted += round(wanted * VALIDATION_FRACTION)
+    wanted = documents + round(documents * VALIDATION_FRACTION)
     texts = _reservoir(_cut(corpus), wanted, rng)
     if len(texts) < 600:
         raise MemSinksError(f"{str(corpus)!r} has {len(texts)} distinct documents, but the demo needs 600 or more.")
@@ -264,117 +253,15 @@ def train_arms(streams: dict[str, Path], out_dir: Path, recipes: Path, seeds: in
     Raises:
         MemSinksError: If a run fails; the message has the end of its log.
     """
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[loss]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    runs = [(arm, seed) for seed in range(1, seeds + 1) for arm in ARMS]
+    runs = []
+    for arm, seed in [(arm, seed) for seed in range(1, seeds + 1) for arm in ARMS]:
+        stream, folder = streams[ARMS[arm]], run_dir(out_dir, arm, seed)
+        iterations = one_pass(stream, block_size)
+        tokens = iterations * MICRO_BATCH * block_size
+        command = pretrain_command(recipes / f"{arm}.yaml", stream, folder, seed, block_size, tokens)
+        runs.append(TrainingRun(f"{arm} seed {seed}", tuple(command), folder, iterations))
     jobs = min(jobs, len(runs))
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    stop = threading.Event()
-    with Progress(*columns) as progress, ThreadPoolExecutor(jobs) as pool:
-        tasks = {}
-        for arm, seed in runs:
-            tokens = Manifest.read(streams[ARMS[arm]]).splits["train"].tokens
-            iterations = tokens // (
-                MICRO_BATCH * (block_size + 1)
-            )  # one pass: a block holds T inputs and a last target
-            task = progress.add_task(f"{arm} seed {seed}", total=iterations, start=False, loss="waiting")
-            tasks[arm, seed] = (task, iterations * MICRO_BATCH * block_size)
-        futures = [
-            pool.submit(
-                _train,
-                pretrain_command(recipes / f"{arm}.yaml", streams[ARMS[arm]], run_dir(out_dir, arm, seed), seed,
-                                 block_size, tasks[arm, seed][1]),
-                run_dir(out_dir, arm, seed),
-                threads,
-                progress,
-                tasks[arm, seed][0],
-                stop,
-            )
-            for arm, seed in runs
-        ]  # fmt: skip
-        try:
-            for future in futures:
-                future.result()
-        except BaseException:
-            stop.set()
-            for future in futures:
-                future.cancel()
-            raise
-
-
-def pretrain_command(
-    recipe: Path, data_path: Path, out_dir: Path, seed: int, block_size: int, max_tokens: int
-) -> list[str]:
-    """The stock command of one run. The recipe has everything but what the demo's corpus and seed decide."""
-    script = Path(sys.executable).parent / "litgpt"
-    return [
-        str(script) if script.is_file() else shutil.which("litgpt") or "litgpt",
-        "pretrain",
-        *("--config", str(recipe)),
-        *("--data.data_path", str(data_path)),
-        *("--out_dir", str(out_dir)),
-        *("--seed", str(seed)),
-        *("--data.seed", str(seed)),
-        *("--train.max_seq_length", str(block_size)),
-        *("--train.max_tokens", str(max_tokens)),
-    ]
-
-
-_ITERATION = re.compile(r"iter (\d+) step .* loss train: ([\d.]+|nan)")
-
-
-def _train(
-    command: list[str], out_dir: Path, threads: int, progress: Progress, task: TaskID, stop: threading.Event
-) -> None:
-    """Run one command, copy its output to ``train.log`` and follow its iterations."""
-    progress.start_task(task)
-    if (out_dir / "final" / "model_config.yaml").is_file():  # written last
-        progress.update(task, completed=progress.tasks[task].total, loss="done before")
-        return
-    if stop.is_set():
-        return
-    shutil.rmtree(out_dir, ignore_errors=True)  # of an interrupted run
-    out_dir.mkdir(parents=True)
-    progress.update(task, loss="starting")
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1", "COLUMNS": "200"}
-    tail: list[str] = []
-    with (
-        open(out_dir / "train.log", "w", encoding="utf-8") as log,
-        subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-        ) as process,
-    ):
-        assert process.stdout is not None  # asked for
-        log.write(" ".join(command) + "\n")
-        for line in process.stdout:
-            log.write(line)
-            tail = [*tail[-9:], line]
-            if match := _ITERATION.search(line):
-                _show(progress, task, int(match[1]), f"loss {match[2]}")
-            if stop.is_set():
-                process.terminate()
-    if stop.is_set():
-        return
-    if process.returncode:
-        raise MemSinksError(
-            f"`{' '.join(command)}` failed with status {process.returncode}. Its log, {out_dir / 'train.log'}, ends:\n"
-            + "".join(tail)
-        )
-    progress.update(task, completed=progress.tasks[task].total)
-
-
-def _show(progress: Progress, task: TaskID, iteration: int, loss: str) -> None:
-    """Move the bar; in a log file or a pipe, which show no bars, print a line at every quarter instead."""
-    shown, total = progress.tasks[task], progress.tasks[task].total or 1
-    if not progress.console.is_terminal and int(4 * iteration / total) > int(4 * shown.completed / total):
-        print(f"  {shown.description}: iteration {iteration} of {total:.0f}, {loss}", flush=True)
-    progress.update(task, completed=iteration, loss=loss)
+    train_runs(runs, jobs, max(1, (os.cpu_count() or 1) // jobs))
 
 
 # ------------------------------------------------------------------------------------------------------------ measuring

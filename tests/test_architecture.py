@@ -75,6 +75,8 @@ WHOLE = {
     *("plan", "schedule", "sizing", "expectations", "full_size"),
     *("theory", "theory_entanglement", "theory_coadaptation", "theory_forgetting", "theory_accumulation"),
     *("theory_verdict", "theory_figures"),
+    *("training_runs", "experiment", "experiments", "experiment_scales", "experiment_runs", "experiment_found"),
+    *("experiment_measures", "experiment_verdict", "experiment_results", "experiment_figures", "experiment_report"),
 }
 """Modules that see all stages."""
 

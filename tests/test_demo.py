@@ -10,7 +10,7 @@ import threading
 import pytest
 from rich.progress import Progress
 
-from litgpt_memsinks import demo
+from litgpt_memsinks import demo, training_runs
 from litgpt_memsinks.errors import MemSinksError
 from litgpt_memsinks.scored import read_scored
 from tests.console import BOTH, REPOSITORY, zygote
@@ -65,7 +65,7 @@ def test_demo_prints_the_table_and_continues_where_it_was(tiny, tmp_path, capsys
     certified = [bool(certificate["losses"]) for certificate in certificates]
     assert certified.count(False) == first.count("has no losses. With their own sinks on, 4 repeated documents have")
     log = (tmp_path / "demo/memsinks-seed1/train.log").read_text()
-    assert log.split()[:2] == [demo.pretrain_command(*[tmp_path] * 3, 1, 1, 1)[0], "pretrain"]
+    assert log.split()[:2] == [training_runs.pretrain_command(*[tmp_path] * 3, 1, 1, 1)[0], "pretrain"]
     finished = (tmp_path / "demo/memsinks-seed1/final/lit_model.pth").stat().st_mtime_ns
 
     demo.demo(out_dir=tmp_path / "demo", recipes=RECIPES)
@@ -108,7 +108,7 @@ def test_failed_run_shows_the_end_of_its_log(tmp_path):
         task = progress.add_task("run", total=1)
         command = ["sh", "-c", "echo out of luck; exit 3"]
         with pytest.raises(MemSinksError, match="status 3") as error:
-            demo._train(command, tmp_path / "run", 1, progress, task, threading.Event())
+            training_runs.train_run(command, tmp_path / "run", 1, progress, task, threading.Event())
     assert "out of luck" in str(error.value)
     assert "out of luck" in (tmp_path / "run/train.log").read_text()
 

@@ -1,0 +1,362 @@
+"""The paper's experiments: declarations that are whole, measures and verdicts worked out by hand, and the page."""
+
+import json
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from litgpt.config import name_to_config
+
+from litgpt_memsinks import experiment as command
+from litgpt_memsinks import experiment_measures as measures
+from litgpt_memsinks import experiment_report as report
+from litgpt_memsinks.__main__ import main
+from litgpt_memsinks.bootstrap import Bootstrap
+from litgpt_memsinks.errors import MemSinksError
+from litgpt_memsinks.experiment_found import groups
+from litgpt_memsinks.experiment_measures import MEASURES, Found, Reading, value
+from litgpt_memsinks.experiment_scales import EMBEDDED, GPU, OWN, Texts, _recipe, backwards, stream_settings, tokens_of
+from litgpt_memsinks.experiment_verdict import check_row, outcome, verdict
+from litgpt_memsinks.experiments import EXPERIMENTS, LEFT_OUT_ARM, MEMSINKS, STANDARD, Check
+from litgpt_memsinks.theory import PARTS as THEOREMS
+from tests.console import REPOSITORY
+
+FIGURES = ["fig2a", "fig2b", "fig2c", "fig3", "fig4", "fig5a", "fig5b", "fig5c", "fig6a", "fig6b", "fig7"]
+NAMES = [*FIGURES, "thm_entanglement", "thm_coadaptation", "thm_forgetting", "thm_accumulation"]
+TEXTS = Texts("train", "validation", "rare", "rare_validation", "bulk", REPOSITORY)
+
+# --------------------------------------------------------------------------------------------------------- declarations
+
+
+def test_all_figures_and_theorems_are_declared():
+    assert list(EXPERIMENTS) == NAMES
+    assert {one.theorem for one in EXPERIMENTS.values()} - {""} == set(THEOREMS)
+    assert all(bool(one.arms) != bool(one.theorem) for one in EXPERIMENTS.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_declaration_is_whole(name):
+    one = EXPERIMENTS[name]
+    arms = {arm.name: arm for arm in one.arms}
+    assert len(arms) == len(one.arms)
+    assert one.where
+    assert one.statement
+    assert one.comment
+    if one.theorem:
+        return
+    assert one.checks
+    measured = {*arms, *(localised.name for localised in one.localised)}
+    for check in one.checks:
+        assert check.measure in MEASURES
+        assert {check.arm} <= measured
+        assert isinstance(check.than, float) or check.than in measured
+    assert {localised.arm for localised in one.localised} <= set(arms)
+    assert set(one.table) <= set(MEASURES)
+    assert one.asked in arms
+    assert {arm for pair in one.asked_of for arm in pair} <= set(arms)
+    assert not any(arms[asked].stream.left_out for asked in groups(one))  # whose documents there are
+    for arm in one.arms:
+        assert (REPOSITORY / f"recipes/demo/{arm.recipe}.yaml").is_file()
+        assert not arm.paper_recipe or (REPOSITORY / f"recipes/{arm.paper_recipe}.yaml").is_file()
+        assert not arm.stream.recipe or (REPOSITORY / f"recipes/data/{arm.stream.recipe}.yaml").is_file()
+        assert {arm.size} <= {"", *EMBEDDED.sizes} == {"", *OWN.sizes} == {"", *GPU.sizes}
+        assert arm.standard in arms
+    assert ("sweep" in one.pictures) == bool(one.sweep) == any(arm.x is not None for arm in one.arms)
+
+
+def test_streams_follow_the_paper():
+    streams = {arm.stream.name: arm.stream for one in EXPERIMENTS.values() for arm in one.arms}
+    made = {name: stream_settings(one, EMBEDDED, TEXTS, REPOSITORY / "recipes") for name, one in streams.items()}
+    assert made["stream"]["sources"]["repeated"] == {"path": "train", "documents": 32, "repeats": 96, "ids": "hash"}
+    assert made["left_out"] == made["stream"] | {"leave_out_repeated": True}
+    noises = {name: one["id_noise"] for name, one in made.items() if "id_noise" in one}
+    assert sorted(noises.values()) == [0.05, 0.1, 0.25, 0.5, 1.0]
+    assert made["canary"]["sources"]["repeated"]["canary_tokens"] == 32
+    steps = 9000 * 101 / (8 * 128)  # of all documents once
+    assert made["single"]["sources"]["repeated"]["documents"] == 1
+    assert made["single"]["sources"]["repeated"]["repeats"] == int(steps / 40)
+    rare = {name: made[name]["sources"]["rare"]["repeats"] for name in ("rare_once", "rare_base", "rare_twice")}
+    assert rare == {"rare_once": 1, "rare_base": 24, "rare_twice": 48}
+    assert len({made[name]["sources"]["bulk"]["fill_to"] for name in rare}) == 1
+    paper = stream_settings(STANDARD.stream, GPU, TEXTS, REPOSITORY / "recipes")
+    assert paper["sources"]["repeated"]["documents"] == 100
+    assert paper["sources"]["repeated"]["repeats"] == 128
+    assert paper["sources"]["once"]["documents"] == 20_000
+
+
+def test_paper_scale_is_gpt2_medium():
+    changes = {name.removeprefix("model_config."): value for name, value in GPU.settings}
+    medium = name_to_config["GPT2-Medium-MemSinks"]
+    names = set(medium) - {"name", "hf_config"}
+    assert {name: yaml.safe_load(changes[name]) for name in names} == {name: medium[name] for name in names}
+
+
+def test_large_runs_take_the_papers_data_recipes():
+    for arm in EXPERIMENTS["fig6b"].arms:
+        recipe = _recipe(stream_settings(arm.stream, GPU, TEXTS, REPOSITORY / "recipes")["config"])
+        assert recipe["sources"]["slimpajama_train"].fill_to == 2_000_000_000
+        assert tokens_of(arm, GPU) is None
+
+
+def test_backwards():
+    assert backwards("One day  a fox.") == "fox. a day One"
+
+
+# ------------------------------------------------------------------------------------------------------------- measures
+
+
+def arm(nats, validation, **states):
+    documents = {"dropped": {"nats": nats, "counts": [1] * len(nats)}}
+    documents |= {state: {"nats": values, "counts": [1] * len(values)} for state, values in states.items()}
+    losses = {"repeated": documents, "validation": {"dropped": {"nats": [validation], "counts": [1]}}}
+    return SimpleNamespace(found={"losses": losses})
+
+
+def found(**changes):
+    arms = {one.name: one for one in (STANDARD, LEFT_OUT_ARM, MEMSINKS)}
+    measured = {"standard": arm([0.5, 1.5], 2.0), "left_out": arm([3.0], 2.5), "memsinks": arm([2.5], 2.1, own=[0.4])}
+    return Found(arms, measured, dict.fromkeys(arms, "standard"), **changes)
+
+
+def test_measures_of_losses():
+    seed = found()
+    of = {name: value(seed, name, "memsinks") for name in MEASURES}
+    assert of["validation"] == 2.1
+    assert of["validation_change"] == pytest.approx(0.05)
+    assert of["repeated"] == 2.5
+    assert of["own"] == 0.4
+    assert of["repeated_ratio"] == pytest.approx(2.5 / 3)
+    assert of["gap_closed"] == pytest.approx((2.5 - 1) / (3 - 1))
+    assert of["forgetting"] == 1.5
+    assert of["memorisation_gap"] == pytest.approx(-0.4)
+    assert of["memorisation_gap_closed"] == pytest.approx(1.4)
+    assert of["validation_kept"] == 2.1
+    assert math.isnan(of["late_loss"])
+    assert math.isnan(value(seed, "repeated", "never_trained"))
+
+
+def test_cost_of_dropping_is_against_all_neurons():
+    seed, masked, early = found(), arm([1.0], 2.4), arm([1.0], 3.0)
+    for one, kept in ((masked, 2.1), (early, 2.9)):
+        one.found["losses"]["validation"]["own"] = {"nats": [kept], "counts": [1]}
+    seed.measured["mask"], seed.checkpoints["mask"] = masked, [(150, early)]
+    assert value(seed, "cost_of_dropping", "mask") == pytest.approx(0.3)
+    assert value(seed, "cost_growth", "mask") == pytest.approx(0.2)
+
+
+def test_measures_of_training():
+    values = [4.0, 3.0, 3.5, 1.0, 2.0, 1.5, 0.5, 0.7]
+    assert measures.late_mean(values) == pytest.approx((2 + 1.5 + 0.5 + 0.7) / 4)
+    assert measures.late_change(values) == pytest.approx((0.5 + 1 + 0.2) / 3)
+    assert measures.late_rise(values) == pytest.approx(0.7 - 1.5)
+    assert measures.fall(values) == 2.0
+    assert measures.rank_correlation([3, 2, 1], [30.0, 20.0, 10.0]) == pytest.approx(1)
+    assert measures.rank_correlation([3, 2, 1], [10.0, 20.0, 30.0]) == pytest.approx(-1)
+    assert all(math.isnan(function([])) for function in (measures.late_mean, measures.late_change, measures.fall))
+    readings = {"memsinks": [Reading(step, 1.0, math.nan, one) for step, one in enumerate(values)]}
+    assert value(found(readings=readings), "late_change", "memsinks") == measures.late_change(values)
+
+
+def test_readings_are_the_runs_own_log(tmp_path):
+    folder = tmp_path / "logs/csv/version_0"
+    folder.mkdir(parents=True)
+    lines = ["step,loss,val_loss,memorised/dropped,memorised/own,val/validation/dropped", "9,1.5,,,,", "9,,2.5,,,",
+             "9,,,0.75,0.5,2.25", "19,,,0.7,,2.0"]  # fmt: skip
+    (folder / "metrics.csv").write_text("\n".join(lines) + "\n")
+    assert measures.read_readings(tmp_path) == [Reading(9, 2.25, 0.75, 0.5), Reading(19, 2.0, 0.7, 0.7)]
+
+
+def test_forgotten_lies_on_the_lines_between_the_points():
+    points = [(0.0, 0.0), (0.02, 0.1), (0.10, 0.5), (0.3, 0.9)]
+    assert measures.forgotten_at(points, 0.05) == pytest.approx(0.1 + 0.4 * 3 / 8)
+    assert measures.forgotten_at(points, 0.0) == 0.0
+    assert measures.forgotten_at(points, 1.0) == 0.9
+    assert measures.forgotten_at([(0.0, 0.0), (0.2, 0.8), (0.04, 0.3)], 0.05) == pytest.approx(0.3 + 0.5 * 0.01 / 0.16)
+
+
+def test_localisation_is_counted_from_standard_to_unseen():
+    point = SimpleNamespace
+    points = [
+        point(ratio=0.0, repeated_loss=1.1, validation_loss=2.0),
+        point(ratio=0.1, repeated_loss=2.1, validation_loss=2.1),
+    ]
+    seed = found(frontiers={"hard_concrete": ("standard", points)})
+    assert measures.shares(seed, "hard_concrete") == [(0.0, 0.0), (pytest.approx(0.05), pytest.approx(0.5))]
+    assert measures.price_of(seed) == pytest.approx(0.05)
+    assert value(seed, "gap_closed", "hard_concrete") == pytest.approx(0.5)
+    assert value(seed, "forgotten", "hard_concrete") == pytest.approx(0.5)
+    assert math.isnan(value(seed, "forgotten", "integrated_gradients"))
+    seed.measured["memsinks"] = arm([2.5], 3.0)
+    assert measures.price_of(seed) == pytest.approx(0.5)
+
+
+# -------------------------------------------------------------------------------------------------------------- verdict
+
+
+@pytest.mark.parametrize(
+    ("margins", "expected"),
+    [
+        ([0.1, 0.2, 0.3], "holds"),
+        ([0.3, -0.1, 0.2], "undecided"),
+        ([-0.1, -0.2, -0.3], "does not hold"),
+        ([0.2], "holds"),
+        ([-0.2], "does not hold"),
+        ([0.0], "does not hold"),
+        ([0.1, math.nan], "not measured"),
+        ([], "not measured"),
+    ],
+)
+def test_outcome(margins, expected):
+    assert outcome(margins, Bootstrap())[0] == expected
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "expected"),
+    [
+        (["holds", "holds"], "reproduced"),
+        (["holds", "undecided"], "not at this scale"),
+        (["holds", "undecided", "does not hold"], "differs"),
+        (["not measured", "does not hold"], "differs"),
+        (["holds", "not measured"], "not measured"),
+        ([], "not measured"),
+    ],
+)
+def test_verdict(outcomes, expected):
+    assert verdict(outcomes) == expected
+
+
+def test_check_multiplies_the_right_side():
+    below = check_row(Check("b", "validation", "a", "below", "b", 1.02), [2.0, 2.03], [2.0, 2.0], Bootstrap())
+    assert below["right"] == [2.04, 2.04]
+    assert below["margin"]["per_seed"] == pytest.approx([0.04, 0.01])
+    assert below["outcome"] == "holds"
+    assert check_row(Check("a", "validation", "a", "above", 0.5), [0.4], [0.5], Bootstrap())["outcome"] == (
+        "does not hold"
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------- command
+
+
+def test_list_names_every_experiment_with_its_cost(capsys):
+    main(["experiment", "list", "--seeds", "2"])
+    rows = {cells[1]: cells for line in capsys.readouterr().out.splitlines() if len(cells := line.split("│")) > 3}
+    cells = {name.strip(): [cell.strip() for cell in row[3:7]] for name, row in rows.items()}
+    assert list(cells) == [*NAMES, "all"]
+    assert cells["fig4"][:2] == ["4", "8"]
+    tokens = 2 * (3 * (4500 + 32 * 96) + 4500) * 101 / 1e6
+    assert cells["fig4"][2] == f"{tokens:.1f}M"
+    assert int(cells["all"][1]) < sum(int(cells[name][1]) for name in NAMES if name.startswith("fig"))  # shared
+    assert cells["thm_forgetting"] == ["–", "–", "–", "seconds"]
+
+
+def test_list_estimates_nothing_of_a_gpu(capsys):
+    main(["experiment", "list", "--scale", "gpu"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "fig" in line]
+    assert all("not measured" in line for line in lines)
+    assert sum("as in the recipes" in line for line in lines) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fig99"], "no experiment 'fig99'. Did you mean fig7? Choose from: fig2a, fig2b"),
+        (["fig4", "--seeds", "0"], "seeds is 0"),
+        (["fig4", "--jobs", "0"], "jobs is 0"),
+        (
+            ["fig4", "--corpus", "nowhere.jsonl", "--recipes", str(REPOSITORY / "recipes")],
+            "There is no file 'nowhere.jsonl'",
+        ),
+        (["fig4", "--recipes", "nowhere"], "'nowhere' lacks demo/"),
+        (["report", "--results", "nowhere"], "holds no experiment.json"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_line(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as error:
+        main(["experiment", *arguments])
+    assert message in str(error.value.code)
+    assert "\n" not in str(error.value.code)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_paper_scale_needs_a_gpu(tmp_path):
+    with pytest.raises(MemSinksError, match="no usable GPU"):
+        command.experiment("fig4", scale="gpu", out_dir=tmp_path)
+
+
+def test_theorem_is_what_theory_computes(tmp_path, capsys):
+    command.experiment("thm_forgetting", out_dir=tmp_path)
+    result = json.loads((tmp_path / "theory/thm_forgetting/experiment.json").read_text())
+    rows = [row.row() for row in THEOREMS["forgetting"].verdicts(THEOREMS["forgetting"].setup)]
+    assert [check["left"] for check in result["checks"]] == [[row["measured"]] for row in rows]
+    assert result["verdict"] == "differs"  # the counterexample to the printed bound
+    assert (tmp_path / "theory/thm_forgetting/thm_forgetting.svg").read_text().startswith("<?xml")
+    capsys.readouterr()
+    main(["experiment", "report", "--results", str(tmp_path), "--out", str(tmp_path / "docs/page.md")])
+    page = (tmp_path / "docs/page.md").read_text()
+    assert "**Theorem H.2: differs.**" in page
+    assert "![Theorem H.2](figures/experiments/thm_forgetting-theory.svg)" in page
+    assert (tmp_path / "docs/figures/experiments/thm_forgetting-theory.svg").is_file()
+
+
+# ----------------------------------------------------------------------------------------------------------------- page
+
+
+def result():
+    numbers = {
+        "validation": {"standard": [2.0, 2.2], "memsinks": [2.1, 2.1]},
+        "gap_closed": {"standard": [0.0, 0.0], "memsinks": [0.7, None]},
+    }
+    return {
+        "format": 1, "name": "fig4", "where": "Figure 4", "statement": "It says so.", "comment": "Ours | theirs.",
+        "date": "2026-11-21T10:00:00+00:00", "command": "litgpt-memsinks experiment fig4", "hardware": "a processor",
+        "versions": {"torch": "2.15.0"}, "scale": "cpu-embedded", "corpus": "train.jsonl", "corpus_sha256": None,
+        "seeds": 2, "sizes": {"once": 4500, "repeated": 32, "repeats": 96, "block_size": 128},
+        "training_minutes": 12.4, "failed": ["left_out seed 1: no luck"], "notes": [],
+        "labels": {"validation": "validation loss", "gap_closed": "gap closed"}, "percent": ["gap_closed"],
+        "values": {
+            measure: {name: {"per_seed": values, "mean": values[0]} for name, values in by_arm.items()}
+            for measure, by_arm in numbers.items()
+        },
+        "checks": [
+            {"says": "half is closed", "measure": "gap_closed", "arm": "memsinks", "relation": "above", "than": 0.5,
+             "times": 1.0, "paper": "at least 50%", "left": [0.6, 0.8], "right": [0.5, 0.5],
+             "margin": {"per_seed": [0.1, 0.3], "low": 0.1, "high": 0.3}, "outcome": "holds"},
+        ],
+        "verdict": "reproduced",
+    }  # fmt: skip
+
+
+def test_page_has_the_papers_statement_beside_our_number():
+    page = report.page([result()])
+    assert "| [fig4](#fig4-cpu-embedded) | Figure 4 | cpu-embedded | 2 | 1 of 1 | reproduced |" in page
+    assert "**Figure 4: reproduced.** It says so." in page
+    assert "| half is closed | at least 50% | 70.0% ± 14.1% | above 50.0% | 10.0% to 30.0% | holds |" in page
+    assert "| arm | validation loss | gap closed |" in page
+    assert "| standard | 2.100 ± 0.141 | 0.0% |" in page
+    assert "| memsinks | 2.100 | 70.0% |" in page
+    assert "- Failed: left_out seed 1: no luck" in page
+    assert "`litgpt-memsinks experiment fig4`, 2026-11-21, a processor; torch 2.15.0." in page
+    assert "2 seed(s), 12 minutes of training" in page
+    assert "Not run: fig2a, fig2b, fig2c, fig3, fig5a" in page
+
+
+def test_other_files_are_neither_read_nor_replaced(tmp_path):
+    path = tmp_path / "x/experiment.json"
+    path.parent.mkdir()
+    for content in ("{", "[]", '{"format": 9, "name": "fig4"}', '{"format": 1, "name": "fig99"}'):
+        path.write_text(content)
+        with pytest.raises(MemSinksError, match="Run the experiment again"):
+            report.write_page(tmp_path, tmp_path / "page.md")
+    path.write_text(json.dumps(result()))
+    (tmp_path / "mine.md").write_text("# Mine\n")
+    with pytest.raises(MemSinksError, match="is another page"):
+        report.write_page(tmp_path, tmp_path / "mine.md")
+    report.write_page(tmp_path, tmp_path / "page.md")
+    report.write_page(tmp_path, tmp_path / "page.md")
+    assert replace(EXPERIMENTS["fig4"]).where in (tmp_path / "page.md").read_text()

@@ -1,0 +1,232 @@
+"""Experiments end to end at a tiny size: kill -9, failed arms, runs that are shared, and the paper's scale in small."""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import time
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import yaml
+
+from litgpt_memsinks import experiment_found, experiment_scales
+from litgpt_memsinks.errors import MemSinksError
+from litgpt_memsinks.experiment import open_workplace, run_experiment
+from litgpt_memsinks.experiment_measures import read_readings
+from litgpt_memsinks.experiment_runs import Workplace
+from litgpt_memsinks.experiment_scales import EMBEDDED, GPU, Texts
+from litgpt_memsinks.experiments import EXPERIMENTS, LEFT_OUT_ARM, MEMSINKS, STANDARD, Arm, Check, Experiment
+from tests.console import BOTH, REPOSITORY, zygote
+from tests.helpers import read_written
+
+RECIPES = REPOSITORY / "recipes"
+QUICK = (("train.log_interval", "1"), ("eval.max_iters", "1"), ("data.watch.documents", "2"),
+         ("data.watch.validation_documents", "2"))  # fmt: skip
+WIDE = (*EMBEDDED.sizes["large"], ("model_config.intermediate_size", "48"))
+NARROW = tuple((name, value.replace("256", "16")) for name, value in WIDE)
+TINY = replace(
+    EMBEDDED,
+    once=40,
+    repeated=3,
+    repeats=4,
+    documents=60,
+    block_size=64,
+    settings=(*NARROW, *QUICK),
+    sizes={"small": (("model_config.n_embd", "8"),)},
+)
+SMALL = Arm("small", "standard", STANDARD.stream, size="small", standard="small")
+FAILING = Arm("failing", "memsinks", STANDARD.stream, (("data.sinks.active_probability", "7"),))
+LOST = Arm("lost", "no_such_recipe", STANDARD.stream)
+TRIED = Experiment(
+    name="fig4",
+    where="Figure 4",
+    statement="",
+    comment="",
+    arms=(STANDARD, LEFT_OUT_ARM, FAILING, LOST),
+    checks=(
+        Check("holds", "repeated", "left_out", "above", 0.0),
+        Check("no arm", "repeated", "failing", "above", 0.0),
+    ),
+)
+
+
+def popen(command, real=subprocess.Popen, **options):
+    """`litgpt` in a process that has its imports already."""
+    if not str(command[0]).endswith("litgpt"):
+        return real(command, **options)
+    ours, theirs = os.pipe()
+    process = zygote(BOTH, None).start(command, options["env"], out=os.fdopen(theirs, "wb"))
+    process.out.close()
+    process.stdout = os.fdopen(ours)
+    return process
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setattr(experiment_scales, "EMBEDDED", TINY)
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # compiling takes longer than these runs
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    zygote(BOTH, None)  # before a fork, which must not have one of its own
+
+
+def run(experiment, out_dir):
+    return run_experiment(experiment, open_workplace("cpu", None, out_dir, RECIPES), 1, 1, "cpu")
+
+
+def weights(out_dir):
+    return {path.parts[-4]: path.stat().st_mtime_ns for path in out_dir.glob("*/runs/*/seed1/final/lit_model.pth")}
+
+
+def test_killed_experiment_goes_on_and_failed_arms_leave_the_others(tiny, tmp_path, capsys):
+    process = multiprocessing.get_context("fork").Process(target=run, args=(TRIED, tmp_path))
+    process.start()
+    logs = tmp_path / "cpu-embedded/runs"
+    while not any(log.read_text().count("\n") > 1 for log in logs.glob("left_out*/seed1/train.log")):  # the second arm
+        assert process.is_alive()
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    before = weights(tmp_path)
+    assert any(name.startswith("standard-stream-") for name in before)
+    assert not (tmp_path / "cpu-embedded/fig4").exists()
+
+    failed = run(TRIED, tmp_path)
+    after = weights(tmp_path)
+    assert before.items() <= after.items()
+    assert sorted(name.split("-")[0] for name in after) == ["left_out", "standard"]
+    assert len(failed) == 2
+    assert "\n" not in "".join(failed)
+    assert "fig4: lost seed 1: There is no recipe" in failed[0]
+    assert "fig4: failing seed 1: it ended with status 1: " in failed[1]
+    assert "active_probability is 7" in failed[1]
+
+    folder = tmp_path / "cpu-embedded/fig4"
+    result = json.loads((folder / "experiment.json").read_text())
+    assert [check["outcome"] for check in result["checks"]] == ["holds", "not measured"]
+    assert result["verdict"] == "not measured"
+    arms = {row["arm"]: row for row in json.loads((folder / "results.json").read_text())["comparison"]}
+    assert list(arms) == ["standard", "left_out"]
+    for name, row in arms.items():  # two ways to the same numbers
+        assert result["values"]["repeated"][name]["per_seed"] == pytest.approx(row["repeated"])
+        assert result["values"]["validation"][name]["per_seed"] == pytest.approx(row["validation"])
+    assert result["arms"][0]["minutes"][0] > 0
+    assert (folder / "fig4.svg").is_file()
+    assert (folder / "fig4.png").read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out.count("Numbers:") == 1
+
+
+@pytest.mark.long  # six runs
+def test_experiments_share_runs_whatever_they_call_them(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment_found, "RATIOS", (0.0, 0.1, 0.5))  # there are 48 neurons
+    found = EXPERIMENTS["fig4"].localised
+    one = replace(TRIED, arms=(STANDARD, LEFT_OUT_ARM, MEMSINKS, SMALL), checks=(), localised=found,
+                  pictures=("frontier",))  # fmt: skip
+    assert run(one, tmp_path) == []
+    result = json.loads((tmp_path / "cpu-embedded/fig4/experiment.json").read_text())
+    assert result["notes"] == []
+    (frontiers,) = result["frontiers"]
+    assert set(frontiers) == {"price", "hard_concrete", "integrated_gradients"}
+    assert frontiers["hard_concrete"][0] == [0.0, 0.0]  # nothing dropped
+    assert len(frontiers["hard_concrete"]) == 3
+    before = weights(tmp_path)
+    assert len(before) == 4
+    other = replace(MEMSINKS, name="again", settings=(("data.sinks.active_probability", "0.9"),))
+    shared = Experiment("fig5a", "Figure 5a", "", "", (replace(MEMSINKS, name="the_same"), other), asked="the_same")
+    assert run(shared, tmp_path) == []
+    after = weights(tmp_path)
+    assert before.items() <= after.items()
+    assert len(after) == 5
+    result = json.loads((tmp_path / "cpu-embedded/fig5a/experiment.json").read_text())
+    assert result["arms"][0]["folders"][0].split("/")[-2] in before
+    assert result["values"]["repeated"]["again"]["mean"] != result["values"]["repeated"]["the_same"]["mean"]
+
+
+def test_other_texts_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment_scales, "EMBEDDED", TINY)
+    open_workplace("cpu", None, tmp_path, RECIPES)
+    open_workplace("cpu", None, tmp_path, RECIPES)
+    monkeypatch.setattr(experiment_scales, "EMBEDDED", replace(TINY, once=41))
+    with pytest.raises(MemSinksError, match="holds experiments on other texts: their once differ"):
+        open_workplace("cpu", None, tmp_path, RECIPES)
+
+
+def test_changed_recipe_is_another_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment_scales, "EMBEDDED", TINY)
+    workplace = open_workplace("cpu", None, tmp_path / "one", RECIPES)
+    workplace.stream(STANDARD)
+    changed = tmp_path / "recipes/demo"
+    changed.mkdir(parents=True)
+    for line in ("", "# edited\n"):
+        (changed / "standard.yaml").write_text((RECIPES / "demo/standard.yaml").read_text() + line)
+        folder = replace(workplace, recipes=changed.parent).planned(STANDARD, 1).run.out_dir
+        assert (folder == workplace.planned(STANDARD, 1).run.out_dir) == (not line)
+
+
+def test_small_corpus_is_refused(tmp_path):
+    corpus = tmp_path / "few.jsonl"
+    corpus.write_text("".join(json.dumps({"text": f"{index} words"}) + "\n" for index in range(700)))
+    with pytest.raises(MemSinksError, match="has 644 distinct documents to train on, but the experiments take 3,032"):
+        open_workplace("cpu", corpus, tmp_path / "out", RECIPES)
+
+
+def test_papers_scale_takes_its_first_steps(tiny, corpus_dir, tokenizer_dir, tmp_path):
+    """The same code and the same flags; only sizes, and what needs a GPU to be fast, are smaller."""
+    scale = replace(
+        GPU,
+        **{"once": 40, "repeated": 3, "repeats": 3, "documents": 60, "block_size": 64, "validation_documents": 20},
+        settings=(*GPU.settings, *NARROW, *QUICK, ("data.num_workers", "0"), ("precision", "32-true")),
+    )
+    texts = Texts(*(str(corpus_dir / f"{name}.jsonl") for name in ("train", "validation", "train", "validation")),
+                  str(corpus_dir / "train.jsonl"), tokenizer_dir)  # fmt: skip
+    workplace = Workplace(scale, texts, tmp_path, RECIPES, "")
+    one = replace(EXPERIMENTS["fig2c"], arms=(MEMSINKS,), checks=(), asked="memsinks")
+    assert run_experiment(one, workplace, 1, 1, "cpu") == []
+    result = json.loads((tmp_path / "fig2c/experiment.json").read_text())
+    assert result["scale"] == "gpu"
+    changes = {arm["name"]: " ".join(arm["changes"]) for arm in result["arms"]}
+    assert all("--model_config.n_embd 1024" in one and "--precision bf16-mixed" in one for one in changes.values())
+    assert "--data.sinks.shared_fraction 0.7" in changes["memsinks"]
+    recipe = yaml.safe_load((RECIPES / "demo/standard.yaml").read_text())
+    assert not any("shared_fraction" in flag for flag in workplace.changes(STANDARD, recipe))
+    assert result["values"]["validation"]["memsinks"]["mean"] > 0
+    (reading,) = read_readings(next(tmp_path.glob("runs/memsinks-*/seed1")))
+    assert reading.own > 0
+
+
+def test_large_runs_are_the_papers_recipes_as_they_are(tmp_path):
+    workplace = Workplace(GPU, Texts("", "", "", "", "", tmp_path), tmp_path, RECIPES, "")
+    for one in (EXPERIMENTS["fig6a"], EXPERIMENTS["fig6b"]):
+        for arm in one.arms:
+            assert workplace.recipe(arm) == RECIPES / f"{arm.paper_recipe}.yaml"
+            assert workplace.changes(arm, {}) == []
+
+
+def test_every_stream_is_what_it_is_called(tmp_path, monkeypatch):
+    sizes = replace(TINY, once=20, repeats=2, rare=2, rare_repeats=3, documents=40, canary_tokens=32)
+    monkeypatch.setattr(experiment_scales, "EMBEDDED", sizes)
+    workplace = open_workplace("cpu", None, tmp_path, RECIPES)
+    streams = {arm.stream.name: arm for one in EXPERIMENTS.values() for arm in one.arms}
+    written = {name: read_written(workplace.stream(arm) / "train", eos=0) for name, arm in streams.items()}
+    times = {name: Counter(document.tokens for document in documents) for name, documents in written.items()}
+    of = {name: Counter(found.values()) for name, found in times.items()}
+    noises = ["id_noise_0.05", "id_noise_0.1", "id_noise_0.25", "id_noise_0.5", "id_noise_1"]
+    for name in ("stream", "canary", *noises):
+        assert of[name] == {2: 3, 1: 20}
+    assert of["left_out"] == {1: 20}
+    assert times["left_out"].keys() < times["stream"].keys()
+    assert of["single"] == {2: 1, 1: 39}
+
+    def repeated(name):
+        return {tokens for tokens, number in times[name].items() if number > 1}
+
+    stories = {tokens[:-1] for tokens in repeated("stream")}  # without the end of the text
+    assert {tokens[:-33] for tokens in repeated("canary")} == stories
+    ids = {document.sequence_id for document in written["id_noise_1"] if document.tokens in repeated("stream")}
+    assert len(ids) == 6
+    assert {of[name][repeats] for name, repeats in (("rare_base", 3), ("rare_twice", 6))} == {2}
+    assert repeated("rare_base") == repeated("rare_twice") < times["rare_once"].keys()
+    lengths = [sum(len(document.tokens) for document in written[name]) for name in streams if name.startswith("rare")]
+    assert max(lengths) - min(lengths) < 200  # to a document
