@@ -65,8 +65,8 @@ def test_a_demo_that_is_not_finished_is_refused(tmp_path):
 
 
 def test_table():
-    row = Found("a", 2, 3.0, -0.021, 2.5, 0.1, 0.876, 0.0, 0.02)
-    assert table([row]).splitlines()[-1] == "| a | 2 | 3.000 | -2.1% | 2.500 | 0.100 | 87.6% | 0% | 0.020 |"
+    row = Found("a", 2, 3.0, -0.021, 2.5, 0.1, 4.2, 0.876, 0.0, 0.02)
+    assert table([row]).splitlines()[-1] == "| a | 2 | 3.000 | -2.1% | 2.500 | 0.100 | 4.200 | 87.6% | 0% | 0.020 |"
     assert table([]).splitlines()[0].count("|") == table([row]).splitlines()[-1].count("|")
 
 
