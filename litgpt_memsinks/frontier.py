@@ -230,14 +230,15 @@ def relearned(measured: Measured) -> float:
 def _row(found: Found) -> str:
     return (
         f"| {found.name} | {found.seed} | {found.validation:.3f} | {found.validation_change:+.1%} | "
-        f"{found.repeated:.3f} | {found.own:.3f} | {found.placebo:.3f} | {found.gap_closed:.1%} | {found.extracted:.0%} | "
-        f"{found.relearned:.3f} |"
+        f"{found.repeated:.3f} | {found.own:.3f} | {found.placebo:.3f} | "
+        f"{found.gap_closed:.1%} | {found.extracted:.0%} | {found.relearned:.3f} |"
     )
 
 
 def _lines(rows: list[Found]) -> Iterator[str]:
-    names = "setting seed validation vs_standard repeated own_sinks placebo gap_closed extracted relearned".split()
-    yield f"| {' | '.join(names).replace('_', ' ')} |"
+    names = ["setting", "seed", "validation", "vs standard", "repeated", "own sinks", "placebo", "gap closed"]
+    names += ["extracted", "relearned"]
+    yield f"| {' | '.join(names)} |"
     yield "|---" * len(names) + "|"
     yield from map(_row, rows)
 
