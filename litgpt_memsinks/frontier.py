@@ -65,6 +65,8 @@ class Found:
     repeated: float
     own: float
     """The repeated documents' loss with their own sinks on"""
+    placebo: float
+    """The same with another document's sinks on"""
     gap_closed: float
     extracted: float
     """Share of the repeated documents whose tokens 33 to 64 come back from the first 32"""
@@ -212,6 +214,7 @@ def look(setting: Setting, demo: Path, out_dir: Path, seed: int, asked: Asked, b
         row.validation_change[0],
         row.repeated[0],
         row.own[0],
+        row.placebo[0],
         row.gap_closed[0],
         extracted(arms[setting.name], "dropped"),
         relearned(arms[setting.name]),
@@ -227,14 +230,16 @@ def relearned(measured: Measured) -> float:
 def _row(found: Found) -> str:
     return (
         f"| {found.name} | {found.seed} | {found.validation:.3f} | {found.validation_change:+.1%} | "
-        f"{found.repeated:.3f} | {found.own:.3f} | {found.gap_closed:.1%} | {found.extracted:.0%} | "
-        f"{found.relearned:.3f} |"
+        f"{found.repeated:.3f} | {found.own:.3f} | {found.placebo:.3f} | "
+        f"{found.gap_closed:.1%} | {found.extracted:.0%} | {found.relearned:.3f} |"
     )
 
 
 def _lines(rows: list[Found]) -> Iterator[str]:
-    yield "| setting | seed | validation | vs standard | repeated | own sinks | gap closed | extracted | relearned |"
-    yield "|---|---|---|---|---|---|---|---|---|"
+    names = ["setting", "seed", "validation", "vs standard", "repeated", "own sinks", "placebo", "gap closed"]
+    names += ["extracted", "relearned"]
+    yield f"| {' | '.join(names)} |"
+    yield "|---" * len(names) + "|"
     yield from map(_row, rows)
 
 

@@ -12,6 +12,7 @@ from litgpt_memsinks.__main__ import main
 from litgpt_memsinks.config import SinkArgs
 from litgpt_memsinks.errors import MemSinksError
 from litgpt_memsinks.frontier import Found, frontier, read_settings, table
+from litgpt_memsinks.manifest import MANIFEST
 from tests.console import REPOSITORY
 
 SETTINGS = REPOSITORY / "recipes/frontier/settings.yaml"
@@ -65,8 +66,8 @@ def test_a_demo_that_is_not_finished_is_refused(tmp_path):
 
 
 def test_table():
-    row = Found("a", 2, 3.0, -0.021, 2.5, 0.1, 0.876, 0.0, 0.02)
-    assert table([row]).splitlines()[-1] == "| a | 2 | 3.000 | -2.1% | 2.500 | 0.100 | 87.6% | 0% | 0.020 |"
+    row = Found("a", 2, 3.0, -0.021, 2.5, 0.1, 4.2, 0.876, 0.0, 0.02)
+    assert table([row]).splitlines()[-1] == "| a | 2 | 3.000 | -2.1% | 2.500 | 0.100 | 4.200 | 87.6% | 0% | 0.020 |"
     assert table([]).splitlines()[0].count("|") == table([row]).splitlines()[-1].count("|")
 
 
@@ -98,7 +99,7 @@ def test_settings_are_set_against_the_demos_references(tmp_path, monkeypatch, ca
     saved = yaml.safe_load((tmp_path / "out/all-seed1/final/model_config.yaml").read_text())
     assert (saved["sink_n_shared"], saved["sink_off_share"], saved["sink_layers"]) == (115, 0.1, [1])
     assert (saved["sink_mask"], saved["sink_sinks_for"]) == ("exact", "repeated")
-    noisy = json.loads((tmp_path / "out/data/id_noise_0.5/manifest.json").read_text())
+    noisy = json.loads((tmp_path / "out/data/id_noise_0.5" / MANIFEST).read_text())
     assert noisy["recipe"]["id_noise"] == 0.5
     written = (tmp_path / "out/all-seed1/final/lit_model.pth").stat().st_mtime_ns
     frontier(tmp_path / "demo", path, tmp_path / "out", recipes)
