@@ -33,7 +33,7 @@ from litgpt_memsinks.theory import PARTS as THEOREMS
 from litgpt_memsinks.theory import print_verdicts, save_figure
 
 MEASURING_MINUTES = 0.15
-"""Of losses and localisations, for each run: what `list` counts with."""
+"""Of losses, for each run: what `list` counts with."""
 
 
 def experiment(

@@ -342,7 +342,7 @@ def test_page_has_the_papers_statement_beside_our_number():
     assert "| memsinks | 2.100 | 70.0% |" in page
     assert "- Failed: left_out seed 1: no luck" in page
     assert "`litgpt-memsinks experiment fig4`, 2026-11-21, a processor; torch 2.15.0." in page
-    assert "2 seed(s), 12 minutes of training" in page
+    assert "2 seed(s), 12 minutes of wall time" in page
     assert "Not run: fig2a, fig2b, fig2c, fig3, fig5a" in page
 
 
