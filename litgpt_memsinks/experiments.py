@@ -287,7 +287,9 @@ _ALL = (
         comment=(
             "Three variants: what the paper describes (`mask_exact`), the code of Cloud et al. (`mask_cloud`) and "
             "selective gradient masking (`mask_sgtm`). What dropping costs is read at checkpoints of the run: early is "
-            "the first of them."
+            "the first of them. At the demo's learning rate `mask_exact` and `mask_cloud` diverge on the CPU, and a "
+            "lower one helps little (docs/baselines.md); the paper tunes it. So their losses here say that masked "
+            "gradients are hard to train with, and not what the paper's own runs came to."
         ),
         arms=(STANDARD, LEFT_OUT_ARM, *GRADIENT_MASKS),
         checks=(
