@@ -142,7 +142,7 @@ def _section(result: dict[str, Any], folder: Path | None) -> list[str]:
     lines += ["", *_values(result)] if "values" in result else []
     if folder is not None and (folder / FIGURES / _figure(result)).is_file():
         lines += ["", f"![{result['where']}]({(FIGURES / _figure(result)).as_posix()})"]
-    lines += ["", result["comment"], ""]
+    lines += ["", EXPERIMENTS[result["name"]].comment, ""]  # written after the numbers are known
     lines += [f"- Failed: {line}" for line in result["failed"]]
     lines += [f"- Not measured: {line}" for line in result["notes"]]
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
