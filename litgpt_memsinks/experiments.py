@@ -428,7 +428,8 @@ _ALL = (
         ),
         comment=(
             "The document comes every 40 steps on average, at random places, not at every 40th step. Its loss is read "
-            "every 5 steps. Late is the second half; a cycle's size is the mean change between two readings."
+            "every 5 steps. Late is the second half; a cycle's size is the mean change between two readings. On the CPU it "
+            "comes 22 times in all among 8,999 stories that come once, which does not teach it by heart."
         ),
         arms=(_single("standard", "standard"), _single("memsinks", "memsinks")),
         checks=(
