@@ -33,7 +33,7 @@ from litgpt_memsinks.theory import PARTS as THEOREMS
 from litgpt_memsinks.theory import print_verdicts, save_figure
 
 MEASURING_MINUTES = 0.15
-"""Of losses and localisations, for each run: what `list` counts with."""
+"""Of losses, for each run: what `list` counts with."""
 
 
 def experiment(
@@ -226,7 +226,9 @@ def print_costs(scale: ScaleName, seeds: int, corpus: Path | None) -> None:
                 for one in experiments
                 for found in one.localised
             }
-            measuring = len(arms) * MEASURING_MINUTES + len(methods) * sizes.minutes_per_localisation
+            measuring = len(arms) * MEASURING_MINUTES + sum(
+                sizes.minutes_per_localisation[method] for method, _ in methods
+            )
             minutes = f"{seeds * (training / cores + measuring):.0f}"
         counted = "as in the recipes" if total is None else f"{total / 1e6:.1f}M"
         return (str(len(arms)), str(len(arms) * seeds), counted, minutes)

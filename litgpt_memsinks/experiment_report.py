@@ -95,7 +95,13 @@ def page(results: Sequence[dict[str, Any]], folder: Path | None = None) -> str:
 
 
 def _verdicts() -> list[str]:
-    return [*(f"- *{name}*: {meaning}." for name, meaning in MEANING.items()), ""]
+    lines = [f"- *{name}*: {meaning}." for name, meaning in MEANING.items()]
+    return [
+        *lines,
+        "",
+        "A theorem is reproduced if it holds as printed in all that is simulated, counterexamples too.",
+        "",
+    ]
 
 
 def _overview(results: Sequence[dict[str, Any]]) -> list[str]:
@@ -136,7 +142,7 @@ def _section(result: dict[str, Any], folder: Path | None) -> list[str]:
     lines += ["", *_values(result)] if "values" in result else []
     if folder is not None and (folder / FIGURES / _figure(result)).is_file():
         lines += ["", f"![{result['where']}]({(FIGURES / _figure(result)).as_posix()})"]
-    lines += ["", result["comment"], ""]
+    lines += ["", EXPERIMENTS[result["name"]].comment, ""]  # written after the numbers are known
     lines += [f"- Failed: {line}" for line in result["failed"]]
     lines += [f"- Not measured: {line}" for line in result["notes"]]
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
@@ -150,7 +156,8 @@ def _sizes(result: dict[str, Any]) -> list[str]:
     sizes = result["sizes"]
     corpus = "" if result["corpus_sha256"] is None else f" Corpus: SHA-256 {result['corpus_sha256'][:12]}."
     return [
-        f"- {result['seeds']} seed(s), {result['training_minutes']:.0f} minutes of training; experiments share runs. "
+        f"- {result['seeds']} seed(s), {result['training_minutes']:.0f} minutes of wall time in training, "
+        "all runs added up; other experiments share them. "
         f"{sizes['once']:,} documents once, {sizes['repeated']} × {sizes['repeats']}, rows of "
         f"{sizes['block_size']} tokens, unless the comment says otherwise.{corpus}"
     ]

@@ -16,8 +16,8 @@ import yaml
 
 from litgpt_memsinks.errors import MemSinksError
 from litgpt_memsinks.experiment_scales import Scale, Texts, prepare_stream, stream_folder, stream_settings
-from litgpt_memsinks.experiments import Arm
-from litgpt_memsinks.files import write_json
+from litgpt_memsinks.experiments import Arm, Setting
+from litgpt_memsinks.files import write_json, write_text
 from litgpt_memsinks.manifest import Manifest
 from litgpt_memsinks.subject import key_of
 from litgpt_memsinks.training_runs import (
@@ -33,6 +33,7 @@ from litgpt_memsinks.training_runs import (
 )
 
 SETTINGS = "run.json"
+OPTIMIZER = "optimizer.init_args."
 
 
 @dataclass(frozen=True)
@@ -89,13 +90,13 @@ class Workplace:
         """Whether the recipe has model, tokens and steps, too: the paper's large runs."""
         return self.scale.paper and bool(arm.paper_recipe)
 
-    def changes(self, arm: Arm, recipe: dict[str, Any]) -> list[str]:
-        """The flags of an arm; what is more particular comes later, and holds."""
+    def changes(self, arm: Arm, recipe: dict[str, Any]) -> list[Setting]:
+        """What an arm changes of its recipe; what is more particular comes later, and holds."""
         if self.is_whole(arm):
             return []
         sinks = recipe["data"]["init_args"].get("sinks", {})
         with_sinks = sinks.get("shared_fraction") != 1
-        settings = [
+        return [
             *self.scale.settings,
             *(self.scale.sink_settings if with_sinks else ()),
             *(self.scale.sizes[arm.size] if arm.size else ()),
@@ -103,7 +104,17 @@ class Workplace:
             *((("train.save_interval", str(arm.checkpoint_every)),) if arm.checkpoint_every else ()),
             *arm.settings,
         ]
-        return [part for name, value in settings for part in (f"--{name}", value)]
+
+    def _with_optimizer(self, recipe: Path, content: dict[str, Any], changes: Sequence[Setting]) -> Path:
+        """The recipe, or a copy with another optimizer: LitGPT keeps a recipe's, whatever the flags after it say."""
+        optimizer = [(name, value) for name, value in changes if name.startswith(OPTIMIZER)]
+        if not optimizer:
+            return recipe
+        for name, value in optimizer:
+            content["optimizer"]["init_args"][name.removeprefix(OPTIMIZER)] = float(value)
+        copy = self.folder / "recipes" / f"{recipe.stem}-{key_of(changes=optimizer)[:8]}.yaml"
+        write_text(copy, yaml.safe_dump(content, sort_keys=False))
+        return copy
 
     def planned(self, arm: Arm, seed: int) -> "Planned":
         """The run of an arm and a seed. Its stream has to be there.
@@ -118,7 +129,7 @@ class Workplace:
         settings = {
             "recipe": recipe.name,
             "recipe_sha256": hashlib.sha256(recipe.read_bytes()).hexdigest(),
-            "changes": changes,
+            "changes": [part for name, value in changes for part in (f"--{name}", value)],
             "stream": stream.name,
             "stream_tokens": Manifest.read(stream).splits["train"].tokens,
             "stream_settings": self._placeless(stream_settings(arm.stream, self.scale, self.texts, self.recipes)),
@@ -134,7 +145,9 @@ class Workplace:
         else:
             iterations = one_pass(stream, block)
             tokens = iterations * MICRO_BATCH * block
-            command = pretrain_command(recipe, stream, folder, seed, block, tokens) + changes
+            used = self._with_optimizer(recipe, content, changes)
+            flags = [part for name, value in changes if not name.startswith(OPTIMIZER) for part in (f"--{name}", value)]
+            command = pretrain_command(used, stream, folder, seed, block, tokens) + flags
         run = TrainingRun(f"{arm.name} seed {seed}", tuple(command), folder, max(1, iterations))
         return Planned(arm, seed, settings, block, run)
 

@@ -50,8 +50,8 @@ class Scale:
     """On average: what `list` counts with"""
     minutes_per_million_tokens: dict[str, float] | None
     """Of training on one core, for each size of model, estimated; ``None`` where nothing is known"""
-    minutes_per_localisation: float
-    """Of one method on one model and one core, estimated, at a size for which training's is known"""
+    minutes_per_localisation: dict[str, float]
+    """Of each method on one model, estimated, where training's are known"""
     settings: tuple[Setting, ...]
     """What every run changes of its recipe"""
     sink_settings: tuple[Setting, ...]
@@ -106,8 +106,8 @@ EMBEDDED = Scale(
     documents=9000,
     block_size=EMBEDDED_BLOCK,
     tokens_per_document=101,
-    minutes_per_localisation=8,
-    minutes_per_million_tokens={"": 1.6, "small": 1.2, "large": 4.5},
+    minutes_per_localisation={"hard_concrete": 4, "integrated_gradients": 1},
+    minutes_per_million_tokens={"": 1.8, "small": 1.2, "large": 4.5},
     settings=_WATCHED,
     sink_settings=(),
     sizes=_SIZES,
@@ -125,8 +125,8 @@ OWN = Scale(
     documents=9000,
     block_size=OWN_BLOCK,
     tokens_per_document=271,
-    minutes_per_localisation=20,
-    minutes_per_million_tokens={"": 1.6, "small": 1.2, "large": 4.5},
+    minutes_per_localisation={"hard_concrete": 10, "integrated_gradients": 4},
+    minutes_per_million_tokens={"": 1.8, "small": 1.2, "large": 4.5},
     settings=_WATCHED,
     sink_settings=(),
     sizes=_SIZES,
@@ -145,7 +145,7 @@ GPU = Scale(
     block_size=512,
     tokens_per_document=210,
     minutes_per_million_tokens=None,
-    minutes_per_localisation=0,
+    minutes_per_localisation={},
     settings=(
         *_gpt2(24, 1024, 16),
         ("precision", "bf16-mixed"),

@@ -313,7 +313,7 @@ def result():
         "gap_closed": {"standard": [0.0, 0.0], "memsinks": [0.7, None]},
     }
     return {
-        "format": 1, "name": "fig4", "where": "Figure 4", "statement": "It says so.", "comment": "Ours | theirs.",
+        "format": 1, "name": "fig4", "where": "Figure 4", "statement": "It says so.", "comment": "Of then.",
         "date": "2026-11-21T10:00:00+00:00", "command": "litgpt-memsinks experiment fig4", "hardware": "a processor",
         "versions": {"torch": "2.15.0"}, "scale": "cpu-embedded", "corpus": "train.jsonl", "corpus_sha256": None,
         "seeds": 2, "sizes": {"once": 4500, "repeated": 32, "repeats": 96, "block_size": 128},
@@ -340,9 +340,10 @@ def test_page_has_the_papers_statement_beside_our_number():
     assert "| arm | validation loss | gap closed |" in page
     assert "| standard | 2.100 ± 0.141 | 0.0% |" in page
     assert "| memsinks | 2.100 | 70.0% |" in page
+    assert EXPERIMENTS["fig4"].comment in page
     assert "- Failed: left_out seed 1: no luck" in page
     assert "`litgpt-memsinks experiment fig4`, 2026-11-21, a processor; torch 2.15.0." in page
-    assert "2 seed(s), 12 minutes of training" in page
+    assert "2 seed(s), 12 minutes of wall time" in page
     assert "Not run: fig2a, fig2b, fig2c, fig3, fig5a" in page
 
 

@@ -190,8 +190,11 @@ def test_papers_scale_takes_its_first_steps(tiny, corpus_dir, tokenizer_dir, tmp
     assert all("--model_config.n_embd 1024" in one and "--precision bf16-mixed" in one for one in changes.values())
     assert "--data.sinks.shared_fraction 0.7" in changes["memsinks"]
     recipe = yaml.safe_load((RECIPES / "demo/standard.yaml").read_text())
-    assert not any("shared_fraction" in flag for flag in workplace.changes(STANDARD, recipe))
+    assert not any("shared_fraction" in name for name, _ in workplace.changes(STANDARD, recipe))
     assert result["values"]["validation"]["memsinks"]["mean"] > 0
+    used = yaml.safe_load(next(tmp_path.glob("runs/memsinks-*/seed1/final/hyperparameters.yaml")).read_text())
+    assert used["optimizer"]["init_args"]["lr"] == 6e-4  # which a flag after --config would not change
+    assert used["train"]["min_lr"] == 6e-4
     (reading,) = read_readings(next(tmp_path.glob("runs/memsinks-*/seed1")))
     assert reading.own > 0
 
