@@ -16,15 +16,15 @@ __all__ = ["MemSinksConfig", "MemSinksData", "MemSinksError", "SinkArgs", "__ver
 
 if TYPE_CHECKING:
     from litgpt_memsinks.config import MemSinksConfig, SinkArgs
-    from litgpt_memsinks.data import MemSinksData
+    from litgpt_memsinks.data.data import MemSinksData
 else:  # to a type checker, __getattr__ would stand for any name
-    LAZY = {"MemSinksConfig": "config", "MemSinksData": "data", "SinkArgs": "config"}
+    LAZY = {"MemSinksConfig": "config", "MemSinksData": "data.data", "SinkArgs": "config"}
 
     def __getattr__(name):
         """Import a public name at its first use (PEP 562)."""
         if name not in LAZY:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        import_module("litgpt_memsinks.pretrain")  # or its error, of which `plugin.py` would only warn
+        import_module("litgpt_memsinks.pretrain.pretrain")  # or its error, of which `plugin.py` would only warn
         return getattr(import_module(f"litgpt_memsinks.{LAZY[name]}"), name)
 
 

@@ -14,7 +14,7 @@ from litgpt.config import Config as BaseConfig
 from litgpt.config import name_to_config
 
 from litgpt_memsinks.errors import MemSinksError
-from litgpt_memsinks.sinks import MASK_VERSION, exact_mask, sink_mask, unpack_neurons
+from litgpt_memsinks.sinks.masks import MASK_VERSION, exact_mask, sink_mask, unpack_neurons
 
 SinksFor = Literal["all", "repeated"]
 Scale = Literal["none", "inverse"]
@@ -413,10 +413,12 @@ class MemSinksConfig(BaseConfig):
     @property
     def mlp_class(self) -> type:
         """The MLP with sinks that takes the place of LitGPT's of the same name."""
-        import litgpt_memsinks.gradient_masking
-        import litgpt_memsinks.model
+        import litgpt_memsinks.model.gradient_masking
+        import litgpt_memsinks.model.model
 
-        module = litgpt_memsinks.model if self.sink_method == "memsinks" else litgpt_memsinks.gradient_masking
+        module = (
+            litgpt_memsinks.model.model if self.sink_method == "memsinks" else litgpt_memsinks.model.gradient_masking
+        )
         return getattr(module, self.mlp_class_name)
 
 

@@ -33,7 +33,7 @@ class Extension(NamedTuple):
 
 EXTENSIONS = {
     "litgpt.config": Extension("litgpt_memsinks.config", needs="name_to_config"),
-    "litgpt.pretrain": Extension("litgpt_memsinks.pretrain", needs="main"),
+    "litgpt.pretrain": Extension("litgpt_memsinks.pretrain.pretrain", needs="main"),
 }
 
 

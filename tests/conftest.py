@@ -9,8 +9,8 @@ import pytest
 import torch
 from litgpt import Config
 
-from litgpt_memsinks.corpus import stories, train_tokenizer, write_corpus
-from litgpt_memsinks.prepare import prepare
+from litgpt_memsinks.corpus.embedded import stories, train_tokenizer, write_corpus
+from litgpt_memsinks.prepare.prepare import prepare
 
 torch.set_num_threads(1)  # where PyTorch was imported before
 

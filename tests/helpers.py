@@ -12,7 +12,7 @@ import numpy as np
 import xxhash
 from tokenizers import Tokenizer as HFTokenizer
 
-from litgpt_memsinks.prepare import prepare
+from litgpt_memsinks.prepare.prepare import prepare
 
 
 class Written(NamedTuple):

@@ -7,8 +7,8 @@ They were made with rensa 0.5.0 (R-MinHash, algorithm version 2) and xxhash 4.1.
 
 import xxhash
 
-from litgpt_memsinks.mixture import NearDuplicates
-from litgpt_memsinks.near_duplicates import signatures
+from litgpt_memsinks.corpus.mixture import NearDuplicates
+from litgpt_memsinks.document_ids.near_duplicates import signatures
 
 TEXTS = {
     "empty": "",

@@ -12,11 +12,11 @@ import xxhash
 from helpers import Written, reference_digest, write_jsonl
 from litgpt.tokenizer import Tokenizer
 
-from litgpt_memsinks import prepare as prepare_module
-from litgpt_memsinks.mixture import Mixture, Reading, Source, ValidationSet
-from litgpt_memsinks.planning import ENTRY, Plan, Taker
-from litgpt_memsinks.prepare import Job, first_wanted, make_or_read_more
-from litgpt_memsinks.tokenizing import Done, Unit, UnitReader, find_unit
+from litgpt_memsinks.corpus.mixture import Mixture, Reading, Source, ValidationSet
+from litgpt_memsinks.prepare import prepare as prepare_module
+from litgpt_memsinks.prepare.planning import ENTRY, Plan, Taker
+from litgpt_memsinks.prepare.prepare import Job, first_wanted, make_or_read_more
+from litgpt_memsinks.prepare.tokenizing import Done, Unit, UnitReader, find_unit
 
 Tokens = tuple[int, ...]
 

@@ -6,7 +6,7 @@ from litgpt.utils import save_config
 from tokenizers import Tokenizer, models
 
 from litgpt_memsinks.config import MemSinksConfig, SinkArgs
-from litgpt_memsinks.model import GPT
+from litgpt_memsinks.model.model import GPT
 from tests.console import TINY_MODEL
 
 MODELS = {

@@ -9,10 +9,10 @@ from litgpt.config import Config
 from litgpt.utils import save_config
 
 from litgpt_memsinks.config import MemSinksConfig, SinkArgs
+from litgpt_memsinks.data.scored import pad, read_scored
 from litgpt_memsinks.metrics import document_losses
-from litgpt_memsinks.model import GPT, removed_mask
-from litgpt_memsinks.scored import pad, read_scored
-from litgpt_memsinks.sinks import pack_neurons, sink_mask
+from litgpt_memsinks.model.model import GPT, removed_mask
+from litgpt_memsinks.sinks.masks import pack_neurons, sink_mask
 from tests.console import TINY_MODEL
 
 SHARED = 16  # of 64 neurons

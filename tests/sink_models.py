@@ -8,9 +8,9 @@ from litgpt.config import Config
 from litgpt.utils import save_config
 
 from litgpt_memsinks.config import MemSinksConfig, SinkArgs
+from litgpt_memsinks.data.scored import pad, read_scored
 from litgpt_memsinks.metrics import IGNORED
-from litgpt_memsinks.model import GPT
-from litgpt_memsinks.scored import pad, read_scored
+from litgpt_memsinks.model.model import GPT
 from tests.console import TINY_MODEL
 
 MODELS = {

@@ -11,14 +11,14 @@ from rouge_score import rouge_scorer, tokenizers
 from sklearn.metrics import roc_auc_score, roc_curve
 from transformers import AutoModelForCausalLM
 
-from litgpt_memsinks.battery import Kept, Plan, measure
-from litgpt_memsinks.checkpoint import load_model
-from litgpt_memsinks.drop_sinks import drop_sinks
-from litgpt_memsinks.export_hf import export_hf
-from litgpt_memsinks.extraction import measure_extraction
+from litgpt_memsinks.data.scored import Scored, read_scored
+from litgpt_memsinks.drop_sinks.drop_sinks import drop_sinks
+from litgpt_memsinks.drop_sinks.export_hf import export_hf
+from litgpt_memsinks.evaluate.battery import Kept, Plan, measure
+from litgpt_memsinks.evaluate.extraction import measure_extraction
+from litgpt_memsinks.evaluate.subject import Subject, ask_prepared
 from litgpt_memsinks.metrics import auc, roc, rouge_l, tpr_at_fpr
-from litgpt_memsinks.scored import Scored, read_scored
-from litgpt_memsinks.subject import Subject, ask_prepared
+from litgpt_memsinks.model.checkpoint import load_model
 from tests.trained import save, sink_model, train
 
 # ------------------------------------------------------------------------------------------------------ membership

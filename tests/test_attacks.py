@@ -8,12 +8,13 @@ import torch
 from litgpt.generate.base import generate
 from litgpt.model import GPT as BaseGPT
 
-from litgpt_memsinks import extraction
-from litgpt_memsinks.bootstrap import Bootstrap
-from litgpt_memsinks.drop_sinks import without_sinks
-from litgpt_memsinks.extraction import Attempt, attempts, continue_greedily, long_enough, measure_extraction
-from litgpt_memsinks.membership import attack_row, compressed_size, measure_tokens, scores, token_statistics
-from litgpt_memsinks.relearning import (
+from litgpt_memsinks.data.scored import Scored
+from litgpt_memsinks.drop_sinks.drop_sinks import without_sinks
+from litgpt_memsinks.evaluate import extraction
+from litgpt_memsinks.evaluate.bootstrap import Bootstrap
+from litgpt_memsinks.evaluate.extraction import Attempt, attempts, continue_greedily, long_enough, measure_extraction
+from litgpt_memsinks.evaluate.membership import attack_row, compressed_size, measure_tokens, scores, token_statistics
+from litgpt_memsinks.evaluate.relearning import (
     first,
     int8_round_trip,
     measure_calibrated,
@@ -22,7 +23,6 @@ from litgpt_memsinks.relearning import (
     train_bias,
     trainable_copy,
 )
-from litgpt_memsinks.scored import Scored
 from tests.trained import plain_model, sink_model
 
 

@@ -94,7 +94,7 @@ def test_importing_litgpt_pretrain_registers_models_and_dispatcher_unless_switch
     [
         ("import litgpt_memsinks.config", {}),
         ("import litgpt_memsinks.config", NOT_AUTOLOADED),
-        ("import litgpt_memsinks.pretrain", NOT_AUTOLOADED),
+        ("import litgpt_memsinks.pretrain.pretrain", NOT_AUTOLOADED),
         ("import litgpt_memsinks", NOT_AUTOLOADED),
         ("import litgpt.pretrain, litgpt_memsinks", NOT_AUTOLOADED),
     ],
@@ -153,7 +153,7 @@ def test_finder_leaves_other_modules_to_others():
 
 def test_importing_the_package_does_not_import_litdata():
     """That settles how the process starts others, before its user could say it."""
-    code = "import litgpt_memsinks.pretrain; litgpt_memsinks.MemSinksData; print('litdata' in sys.modules)"
+    code = "import litgpt_memsinks.pretrain.pretrain; litgpt_memsinks.MemSinksData; print('litdata' in sys.modules)"
     assert python(code, **NOT_AUTOLOADED).split()[-1] == "False"
 
 

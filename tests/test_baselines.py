@@ -9,8 +9,8 @@ import torch
 import yaml
 
 from litgpt_memsinks.__main__ import main
-from litgpt_memsinks.checkpoint import read_config, read_weights
 from litgpt_memsinks.config import MemSinksConfig
+from litgpt_memsinks.model.checkpoint import read_config, read_weights
 from tests.console import REPOSITORY, litgpt, logged, memsinks
 
 RECIPES = REPOSITORY / "recipes" / "demo"

@@ -6,10 +6,13 @@ import pytest
 import torch
 from litgpt.model import GPT as BaseGPT
 
-from litgpt_memsinks import bench, bench_evaluate, bench_generate, bench_loader
-from litgpt_memsinks.data import MemSinksData
+from litgpt_memsinks.bench import bench
+from litgpt_memsinks.bench import evaluate as bench_evaluate
+from litgpt_memsinks.bench import generate as bench_generate
+from litgpt_memsinks.bench import loader as bench_loader
+from litgpt_memsinks.data.data import MemSinksData
+from litgpt_memsinks.data.scored import Scored
 from litgpt_memsinks.errors import MemSinksError
-from litgpt_memsinks.scored import Scored
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from litgpt_memsinks.bootstrap import Bootstrap
+from litgpt_memsinks.evaluate.bootstrap import Bootstrap
 
 
 def test_interval_of_a_mean_has_the_width_of_its_standard_error():

@@ -15,20 +15,20 @@ import torch.nn.functional as F
 from litgpt.config import Config
 from litgpt.utils import save_config
 
-from litgpt_memsinks import affected
 from litgpt_memsinks.__main__ import main
-from litgpt_memsinks.affected import ranges, share_gone
-from litgpt_memsinks.before_after import Settings, grouped
-from litgpt_memsinks.certificate import certify, write_certificate
-from litgpt_memsinks.checkpoint import load_model
+from litgpt_memsinks.certificate import affected
+from litgpt_memsinks.certificate.affected import ranges, share_gone
+from litgpt_memsinks.certificate.before_after import Settings, grouped
+from litgpt_memsinks.certificate.certificate import certify, write_certificate
+from litgpt_memsinks.certificate.difference import compare
+from litgpt_memsinks.certificate.verify_removal import verify_removal
 from litgpt_memsinks.config import MemSinksConfig, SinkArgs
-from litgpt_memsinks.difference import compare
+from litgpt_memsinks.data.scored import read_scored
 from litgpt_memsinks.digests import content_sha256, folder_sha256, tree_sha256
-from litgpt_memsinks.drop_sinks import drop_sinks
+from litgpt_memsinks.drop_sinks.drop_sinks import drop_sinks
 from litgpt_memsinks.errors import MemSinksError
-from litgpt_memsinks.model import GPT
-from litgpt_memsinks.scored import read_scored
-from litgpt_memsinks.verify_removal import verify_removal
+from litgpt_memsinks.model.checkpoint import load_model
+from litgpt_memsinks.model.model import GPT
 from tests.console import TINY_MODEL
 from tests.removals import (
     INVERSE,

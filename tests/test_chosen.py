@@ -8,12 +8,12 @@ import pyarrow.parquet as pq
 import pytest
 from helpers import read_jsonl, write_jsonl
 
-from litgpt_memsinks.chosen import choose, read_ids
-from litgpt_memsinks.corpus import stories
+from litgpt_memsinks.corpus.embedded import stories
+from litgpt_memsinks.document_ids.near_duplicates import shingles
 from litgpt_memsinks.errors import MemSinksError
-from litgpt_memsinks.near_duplicates import shingles
-from litgpt_memsinks.prepare import prepare
-from litgpt_memsinks.similar import nearest
+from litgpt_memsinks.prepare.prepare import prepare
+from litgpt_memsinks.prepared.chosen import choose, read_ids
+from litgpt_memsinks.prepared.similar import nearest
 
 Row = dict[str, Any]
 

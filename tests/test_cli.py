@@ -8,7 +8,7 @@ import pytest
 
 from litgpt_memsinks import __version__
 from litgpt_memsinks.__main__ import COMMANDS, main
-from litgpt_memsinks.manifest import Manifest
+from litgpt_memsinks.prepare.manifest import Manifest
 from tests.console import BOTH, LIBRARIES, SCRIPTS, memsinks, run
 
 

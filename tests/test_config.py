@@ -18,11 +18,11 @@ from litgpt.config import configs, name_to_config
 from litgpt.utils import save_config
 
 import litgpt_memsinks.config
-import litgpt_memsinks.model
+import litgpt_memsinks.model.model
 from litgpt_memsinks import MemSinksConfig, MemSinksError, SinkArgs
 from litgpt_memsinks.config import PAPER_SINKS, SINK_DEFAULTS, SUPPORTED_MLPS, register_models, shared_neurons
-from litgpt_memsinks.pretrain import RECORD
-from litgpt_memsinks.sinks import MASK_VERSION
+from litgpt_memsinks.pretrain.pretrain import RECORD
+from litgpt_memsinks.sinks.masks import MASK_VERSION
 
 # name -> n_layer, n_embd, intermediate_size, block_size, n_shared at the registered g; from the published
 # configurations, and 0.7 * 2560 = 1792, 0.7 * 8192 = 5734.4, 0.7 * 4096 = 2867.2, 0.5 * 384 = 192
@@ -143,7 +143,7 @@ def test_smollm_differs_from_litgpts_own_in_nothing_else(size: str) -> None:
 )
 def test_parameter_counts(name: str, parameters: int) -> None:
     with torch.device("meta"):
-        model = litgpt_memsinks.model.GPT.from_name(name)
+        model = litgpt_memsinks.model.model.GPT.from_name(name)
     model.lm_head.weight = model.transformer.wte.weight
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
 
@@ -407,7 +407,7 @@ FAMILIES = {"LLaMAMLP": litgpt.model.LLaMAMLP, "GemmaMLP": litgpt.model.LLaMAMLP
 def test_mlp_class_is_ours_of_the_same_name(mlp_class_name: str) -> None:
     plain = tiny(mlp_class_name=mlp_class_name)
     mlp_class = MemSinksConfig.from_base(plain, SinkArgs()).mlp_class
-    assert mlp_class is getattr(litgpt_memsinks.model, mlp_class_name)
+    assert mlp_class is getattr(litgpt_memsinks.model.model, mlp_class_name)
     assert issubclass(mlp_class, FAMILIES[mlp_class_name])
     assert type(litgpt.GPT(plain).transformer.h[0].mlp) is getattr(litgpt.model, mlp_class_name)
 

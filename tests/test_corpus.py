@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from litgpt_memsinks import corpus
-from litgpt_memsinks.corpus import END_OF_TEXT, stories, train_tokenizer, write_corpus
+from litgpt_memsinks.corpus import embedded as corpus
+from litgpt_memsinks.corpus.embedded import END_OF_TEXT, stories, train_tokenizer, write_corpus
 from litgpt_memsinks.errors import MemSinksError
 
 # If a change of the stories is meant, replace it: figures in the documentation may then change too.

@@ -23,10 +23,10 @@ import zstandard
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from litgpt_memsinks import file_formats
-from litgpt_memsinks.corpus_files import CorpusFile, Document, Passed, corpus_files, read_documents, read_texts
+from litgpt_memsinks.corpus import file_formats
+from litgpt_memsinks.corpus.corpus_files import CorpusFile, Document, Passed, corpus_files, read_documents, read_texts
+from litgpt_memsinks.corpus.mixture import Reading
 from litgpt_memsinks.errors import MemSinksError
-from litgpt_memsinks.mixture import Reading
 
 LINES = [json.dumps({"text": f"Document {i}, ä漢🙂\nof two lines.", "n": i}) + "\n" for i in range(2000)]
 EXPECTED = [Document(i + 1, f"Document {i}, ä漢🙂\nof two lines.") for i in range(2000)]

@@ -18,12 +18,12 @@ from litdata.streaming.writer import BinaryWriter
 from litgpt.data import LitData
 from litgpt.tokenizer import Tokenizer
 
-from litgpt_memsinks.chunks import read_index
-from litgpt_memsinks.corpus import stories, train_tokenizer
-from litgpt_memsinks.data import MemSinksData, collate_pairs, deinterleave
+from litgpt_memsinks.corpus.embedded import stories, train_tokenizer
+from litgpt_memsinks.data.data import MemSinksData, collate_pairs, deinterleave
 from litgpt_memsinks.errors import MemSinksError
-from litgpt_memsinks.manifest import Manifest
-from litgpt_memsinks.prepare import prepare
+from litgpt_memsinks.prepare.chunks import read_index
+from litgpt_memsinks.prepare.manifest import Manifest
+from litgpt_memsinks.prepare.prepare import prepare
 
 B, T = 2, 16
 

@@ -14,9 +14,9 @@ import zstandard
 from helpers import Written, read_written
 
 from litgpt_memsinks.__main__ import build_parser
-from litgpt_memsinks.manifest import Manifest
-from litgpt_memsinks.mixture import Mixture, NearDuplicates, Reading, Source, ValidationSet
-from litgpt_memsinks.prepare import prepare
+from litgpt_memsinks.corpus.mixture import Mixture, NearDuplicates, Reading, Source, ValidationSet
+from litgpt_memsinks.prepare.manifest import Manifest
+from litgpt_memsinks.prepare.prepare import prepare
 
 REPOSITORY = Path(__file__).parent.parent
 RECIPES = REPOSITORY / "recipes" / "data"

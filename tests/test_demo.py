@@ -10,9 +10,9 @@ import threading
 import pytest
 from rich.progress import Progress
 
-from litgpt_memsinks import demo, training_runs
+from litgpt_memsinks.data.scored import read_scored
 from litgpt_memsinks.errors import MemSinksError
-from litgpt_memsinks.scored import read_scored
+from litgpt_memsinks.experiments import demo, training_runs
 from tests.console import BOTH, REPOSITORY, zygote
 from tests.trained import save, sink_model, train
 

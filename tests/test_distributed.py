@@ -17,7 +17,7 @@ import yaml
 from litgpt import Config
 
 from litgpt_memsinks import MemSinksConfig, SinkArgs
-from litgpt_memsinks.checkpoint import read_weights
+from litgpt_memsinks.model.checkpoint import read_weights
 from tests.console import REPOSITORY, SCRIPTS, litgpt, logged, memsinks, pretrain_arguments, run
 from tests.test_launch import initialized
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 
-from litgpt_memsinks.data import deinterleave
-from litgpt_memsinks.document_ids import colliding_pairs, digest, interleave, mix, noisy_ids, sequence_ids
+from litgpt_memsinks.data.data import deinterleave
+from litgpt_memsinks.document_ids.ids import colliding_pairs, digest, interleave, mix, noisy_ids, sequence_ids
 
 INT32 = st.integers(-(2**31), 2**31 - 1)
 TOKENS = st_numpy.arrays(np.int32, st.integers(0, 40), elements=st.integers(0, 2**31 - 1))

@@ -15,12 +15,12 @@ from litgpt.config import Config
 from litgpt.model import GPT as BaseGPT
 from litgpt.utils import save_config
 
-from litgpt_memsinks.checkpoint import load_model, read_config, read_weights
 from litgpt_memsinks.config import MemSinksConfig, SinkArgs
-from litgpt_memsinks.drop_sinks import drop_sinks, without_sinks
+from litgpt_memsinks.drop_sinks.drop_sinks import drop_sinks, without_sinks
+from litgpt_memsinks.drop_sinks.plain_weights import alone
 from litgpt_memsinks.errors import MemSinksError
-from litgpt_memsinks.model import GPT
-from litgpt_memsinks.plain_weights import alone
+from litgpt_memsinks.model.checkpoint import load_model, read_config, read_weights
+from litgpt_memsinks.model.model import GPT
 from tests.console import REPOSITORY, SCRIPTS, TINY_MODEL, memsinks, run, started
 from tests.released import MODELS, save
 
@@ -90,7 +90,7 @@ def test_weights_that_are_parts_of_one_storage_are_saved_alone(tmp_path):
 MEMORY = """
 import resource, sys, threading, time
 from pathlib import Path
-from litgpt_memsinks.drop_sinks import drop_sinks
+from litgpt_memsinks.drop_sinks.drop_sinks import drop_sinks
 def anonymous():
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
@@ -269,7 +269,7 @@ def test_command_prints_one_line_for_an_error(tmp_path):
 SLOW_SAVE = """
 import sys, time
 from pathlib import Path
-from litgpt_memsinks import drop_sinks as module
+from litgpt_memsinks.drop_sinks import drop_sinks as module
 
 class SlowSave(module.incremental_save):  # the moment in which a kill would hurt most: half the bytes are written
     def __exit__(self, *arguments):
@@ -327,7 +327,7 @@ def test_load_model_gives_the_kind_that_was_saved(tmp_path):
 def test_nothing_but_tensors_is_ever_unpickled():
     calls = [
         (path.name, {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords})
-        for path in sorted((REPOSITORY / "litgpt_memsinks").glob("*.py"))
+        for path in sorted((REPOSITORY / "litgpt_memsinks").rglob("*.py"))
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "pickle.load", "pickle.loads")
     ]

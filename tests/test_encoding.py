@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from litgpt.tokenizer import Tokenizer
 from tokenizers_zoo import SHAPES, VARIANTS, tokenizer_variant
 
-from litgpt_memsinks import encoding
-from litgpt_memsinks.corpus import stories
-from litgpt_memsinks.encoding import Encoder, load_tokenizer
+from litgpt_memsinks.corpus.embedded import stories
+from litgpt_memsinks.prepare import encoding
+from litgpt_memsinks.prepare.encoding import Encoder, load_tokenizer
 
 EOS = 0  # of the tokenizer of conftest.py
 

@@ -15,19 +15,20 @@ from litgpt.config import Config
 from litgpt.model import GPT as BaseGPT
 from litgpt.utils import save_config
 
-from litgpt_memsinks import battery, losses
-from litgpt_memsinks.battery import Measured
-from litgpt_memsinks.bootstrap import Bootstrap
 from litgpt_memsinks.config import MemSinksConfig, SinkArgs
+from litgpt_memsinks.data.scored import Scored, pad, read_scored
 from litgpt_memsinks.errors import MemSinksError
-from litgpt_memsinks.evaluate import computing_with, deviation, evaluate, placebo_ids, score
-from litgpt_memsinks.losses import batched, document_nats, in_state, shuffled_ids
+from litgpt_memsinks.evaluate import battery
+from litgpt_memsinks.evaluate.battery import Measured
+from litgpt_memsinks.evaluate.bootstrap import Bootstrap
+from litgpt_memsinks.evaluate.evaluate import computing_with, deviation, evaluate, placebo_ids, score
+from litgpt_memsinks.evaluate.results import compare, comparison, strict
+from litgpt_memsinks.evaluate.subject import Subject, ask_prepared
 from litgpt_memsinks.metrics import IGNORED
-from litgpt_memsinks.model import GPT
-from litgpt_memsinks.report import report, validation_curve
-from litgpt_memsinks.results import compare, comparison, strict
-from litgpt_memsinks.scored import Scored, pad, read_scored
-from litgpt_memsinks.subject import Subject, ask_prepared
+from litgpt_memsinks.model import losses
+from litgpt_memsinks.model.losses import batched, document_nats, in_state, shuffled_ids
+from litgpt_memsinks.model.model import GPT
+from litgpt_memsinks.report.report import report, validation_curve
 from tests.console import TINY_MODEL
 
 

@@ -10,18 +10,17 @@ import torch
 import yaml
 from litgpt.config import name_to_config
 
-from litgpt_memsinks import experiment as command
-from litgpt_memsinks import experiment_measures as measures
-from litgpt_memsinks import experiment_report as report
 from litgpt_memsinks.__main__ import main
-from litgpt_memsinks.bootstrap import Bootstrap
 from litgpt_memsinks.errors import MemSinksError
-from litgpt_memsinks.experiment_found import groups
-from litgpt_memsinks.experiment_measures import MEASURES, Found, Reading, value
-from litgpt_memsinks.experiment_scales import EMBEDDED, GPU, OWN, Texts, _recipe, backwards, stream_settings, tokens_of
-from litgpt_memsinks.experiment_verdict import check_row, outcome, verdict
-from litgpt_memsinks.experiments import EXPERIMENTS, LEFT_OUT_ARM, MEMSINKS, STANDARD, Check
-from litgpt_memsinks.theory import PARTS as THEOREMS
+from litgpt_memsinks.evaluate.bootstrap import Bootstrap
+from litgpt_memsinks.experiments import experiment as command
+from litgpt_memsinks.experiments import measures, report
+from litgpt_memsinks.experiments.declared import EXPERIMENTS, LEFT_OUT_ARM, MEMSINKS, STANDARD, Check
+from litgpt_memsinks.experiments.found import groups
+from litgpt_memsinks.experiments.measures import MEASURES, Found, Reading, value
+from litgpt_memsinks.experiments.scales import EMBEDDED, GPU, OWN, Texts, _recipe, backwards, stream_settings, tokens_of
+from litgpt_memsinks.experiments.verdict import check_row, outcome, verdict
+from litgpt_memsinks.theory.theory import PARTS as THEOREMS
 from tests.console import REPOSITORY
 
 FIGURES = ["fig2a", "fig2b", "fig2c", "fig3", "fig4", "fig5a", "fig5b", "fig5c", "fig6a", "fig6b", "fig7"]

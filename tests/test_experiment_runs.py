@@ -12,13 +12,14 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from litgpt_memsinks import experiment_found, experiment_scales
 from litgpt_memsinks.errors import MemSinksError
-from litgpt_memsinks.experiment import open_workplace, run_experiment
-from litgpt_memsinks.experiment_measures import read_readings
-from litgpt_memsinks.experiment_runs import Workplace
-from litgpt_memsinks.experiment_scales import EMBEDDED, GPU, Texts
-from litgpt_memsinks.experiments import EXPERIMENTS, LEFT_OUT_ARM, MEMSINKS, STANDARD, Arm, Check, Experiment
+from litgpt_memsinks.experiments import found as experiment_found
+from litgpt_memsinks.experiments import scales as experiment_scales
+from litgpt_memsinks.experiments.declared import EXPERIMENTS, LEFT_OUT_ARM, MEMSINKS, STANDARD, Arm, Check, Experiment
+from litgpt_memsinks.experiments.experiment import open_workplace, run_experiment
+from litgpt_memsinks.experiments.measures import read_readings
+from litgpt_memsinks.experiments.runs import Workplace
+from litgpt_memsinks.experiments.scales import EMBEDDED, GPU, Texts
 from tests.console import BOTH, REPOSITORY, zygote
 from tests.helpers import read_written
 

@@ -10,10 +10,10 @@ import yaml
 from transformers import AutoTokenizer
 
 from litgpt_memsinks.__main__ import main
+from litgpt_memsinks.drop_sinks.export_hf import export_hf
 from litgpt_memsinks.errors import MemSinksError
-from litgpt_memsinks.export_evals import continuations, export_evals, whole_texts
-from litgpt_memsinks.export_hf import export_hf
-from litgpt_memsinks.subject import ask_prepared
+from litgpt_memsinks.evaluate.export_evals import continuations, export_evals, whole_texts
+from litgpt_memsinks.evaluate.subject import ask_prepared
 from tests.console import memsinks
 from tests.helpers import read_jsonl
 from tests.released import save

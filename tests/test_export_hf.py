@@ -14,14 +14,14 @@ from litgpt.generate.base import generate
 from litgpt.tokenizer import Tokenizer
 from safetensors import safe_open
 
-from litgpt_memsinks import export_hf as module
 from litgpt_memsinks.__main__ import main
-from litgpt_memsinks.checkpoint import load_model
 from litgpt_memsinks.config import SUPPORTED_MLPS, MemSinksConfig, SinkArgs
-from litgpt_memsinks.drop_sinks import drop_sinks
+from litgpt_memsinks.drop_sinks import export_hf as module
+from litgpt_memsinks.drop_sinks.drop_sinks import drop_sinks
+from litgpt_memsinks.drop_sinks.export_hf import export_hf, file_sha256
+from litgpt_memsinks.drop_sinks.hf_config import hf_config
 from litgpt_memsinks.errors import MemSinksError
-from litgpt_memsinks.export_hf import export_hf, file_sha256
-from litgpt_memsinks.hf_config import hf_config
+from litgpt_memsinks.model.checkpoint import load_model
 from tests.console import NOT_AUTOLOADED, memsinks, run
 from tests.released import save
 

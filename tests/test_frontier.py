@@ -6,13 +6,13 @@ import subprocess
 import pytest
 import yaml
 
-import litgpt_memsinks.frontier
-from litgpt_memsinks import demo
+import litgpt_memsinks.experiments.frontier
 from litgpt_memsinks.__main__ import main
 from litgpt_memsinks.config import SinkArgs
 from litgpt_memsinks.errors import MemSinksError
-from litgpt_memsinks.frontier import Found, frontier, read_settings, table
-from litgpt_memsinks.manifest import MANIFEST
+from litgpt_memsinks.experiments import demo
+from litgpt_memsinks.experiments.frontier import Found, frontier, read_settings, table
+from litgpt_memsinks.prepare.manifest import MANIFEST
 from tests.console import REPOSITORY
 
 SETTINGS = REPOSITORY / "recipes/frontier/settings.yaml"
@@ -75,7 +75,7 @@ def test_table():
 @pytest.mark.timeout(900)
 def test_settings_are_set_against_the_demos_references(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "EMBEDDED_DOCUMENTS", 150)
-    for module in (demo, litgpt_memsinks.frontier):
+    for module in (demo, litgpt_memsinks.experiments.frontier):
         monkeypatch.setattr(module, "REPEATED_DOCUMENTS", 4)
         monkeypatch.setattr(module, "REPEATS", 5)
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # compiling takes longer than these runs

@@ -11,11 +11,11 @@ from litgpt.tokenizer import Tokenizer
 
 from litgpt_memsinks import SinkArgs
 from litgpt_memsinks.__main__ import main
-from litgpt_memsinks.checkpoint import load_model
-from litgpt_memsinks.chosen import choose
 from litgpt_memsinks.errors import MemSinksError
-from litgpt_memsinks.generate import continuation, generate, sinks_of
-from litgpt_memsinks.model import GPT
+from litgpt_memsinks.model.checkpoint import load_model
+from litgpt_memsinks.model.model import GPT
+from litgpt_memsinks.prepared.chosen import choose
+from litgpt_memsinks.remove.generate import continuation, generate, sinks_of
 from tests.sink_models import MODELS, build, learn, save
 
 SINKS = SinkArgs(0.25, 0.3)

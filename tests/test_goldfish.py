@@ -11,9 +11,9 @@ import xxhash
 
 from litgpt_memsinks import MemSinksData, MemSinksError
 from litgpt_memsinks.config import GoldfishArgs
-from litgpt_memsinks.data import collate_goldfish, collate_pairs
-from litgpt_memsinks.goldfish import left_out
-from litgpt_memsinks.pretrain import pair_cross_entropy
+from litgpt_memsinks.data.data import collate_goldfish, collate_pairs
+from litgpt_memsinks.data.goldfish import left_out
+from litgpt_memsinks.pretrain.pretrain import pair_cross_entropy
 
 GOLDFISH = GoldfishArgs(k=4, context_width=5)
 

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounter
 
 from litgpt_memsinks import MemSinksConfig, MemSinksError, SinkArgs
-from litgpt_memsinks.drop_sinks import without_sinks
-from litgpt_memsinks.expectations import expected, sink_warnings
-from litgpt_memsinks.gradient_masking import RULES
-from litgpt_memsinks.model import GPT
-from litgpt_memsinks.remove import require_sinks
-from litgpt_memsinks.sizing import count_parameters
+from litgpt_memsinks.drop_sinks.drop_sinks import without_sinks
+from litgpt_memsinks.model.gradient_masking import RULES
+from litgpt_memsinks.model.model import GPT
+from litgpt_memsinks.plan.expectations import expected, sink_warnings
+from litgpt_memsinks.plan.sizing import count_parameters
+from litgpt_memsinks.remove.remove import require_sinks
 from tests.sink_models import build, save
 
 METHODS = sorted(RULES)

@@ -8,9 +8,9 @@ import sys
 import pytest
 from litgpt.tokenizer import Tokenizer
 
-from litgpt_memsinks import id_changes
-from litgpt_memsinks.corpus import stories
-from litgpt_memsinks.mixture import NearDuplicates
+from litgpt_memsinks.bench import id_changes
+from litgpt_memsinks.corpus.embedded import stories
+from litgpt_memsinks.corpus.mixture import NearDuplicates
 from tests.helpers import write_jsonl
 
 TEXTS = [f"  {text}\n" for text in stories(30)]

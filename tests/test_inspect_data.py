@@ -14,13 +14,13 @@ from helpers import read_jsonl, read_stream, read_written, with_bos, write_jsonl
 from litdata import StreamingDataset, TokensLoader
 from rich.console import Console
 
-from litgpt_memsinks import inspect_data
-from litgpt_memsinks.corpus import stories
+from litgpt_memsinks.corpus.embedded import stories
+from litgpt_memsinks.corpus.mixture import Source, ValidationSet
 from litgpt_memsinks.errors import MemSinksError
-from litgpt_memsinks.inspect_data import inspect, read_block
-from litgpt_memsinks.manifest import Manifest
-from litgpt_memsinks.mixture import Source, ValidationSet
-from litgpt_memsinks.prepare import prepare
+from litgpt_memsinks.prepare.manifest import Manifest
+from litgpt_memsinks.prepare.prepare import prepare
+from litgpt_memsinks.prepared import inspect_data
+from litgpt_memsinks.prepared.inspect_data import inspect, read_block
 
 EOS = 0
 END = "<|endoftext|>"

@@ -9,7 +9,7 @@ from litgpt.model import GPT as BaseGPT
 
 from litgpt_memsinks.__main__ import main
 from litgpt_memsinks.config import SinkArgs
-from litgpt_memsinks.drop_sinks import drop_sinks
+from litgpt_memsinks.drop_sinks.drop_sinks import drop_sinks
 from litgpt_memsinks.errors import MemSinksError
 from tests.helpers import read_jsonl, write_jsonl
 from tests.released import MODELS, save

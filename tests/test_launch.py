@@ -15,10 +15,11 @@ from torch.distributed import HashStore, destroy_process_group, init_process_gro
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
-from litgpt_memsinks import MemSinksConfig, MemSinksData, MemSinksError, SinkArgs, launch
+from litgpt_memsinks import MemSinksConfig, MemSinksData, MemSinksError, SinkArgs
 from litgpt_memsinks.config import LaunchArgs
-from litgpt_memsinks.launch import FullyShardedStrategy, check_devices, check_launched
-from litgpt_memsinks.model import GPT
+from litgpt_memsinks.model.model import GPT
+from litgpt_memsinks.pretrain import launch
+from litgpt_memsinks.pretrain.launch import FullyShardedStrategy, check_devices, check_launched
 from tests.console import litgpt as litgpt_command
 from tests.console import pretrain_arguments
 

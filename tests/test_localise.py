@@ -13,20 +13,20 @@ import torch
 from litgpt.config import Config
 from litgpt.model import GPT as BaseGPT
 
-from litgpt_memsinks import localise_frontier
 from litgpt_memsinks.__main__ import main
 from litgpt_memsinks.config import MemSinksConfig, SinkArgs
-from litgpt_memsinks.drop_neurons import drop_neurons
-from litgpt_memsinks.drop_sinks import drop_sinks
+from litgpt_memsinks.data.scored import read_scored
+from litgpt_memsinks.drop_sinks.drop_sinks import drop_sinks
 from litgpt_memsinks.errors import MemSinksError
-from litgpt_memsinks.evaluate import evaluate
-from litgpt_memsinks.localise import HardConcreteArgs, LocaliseArgs, Point, frontier, localise
-from litgpt_memsinks.localise_neurons import dropped, kept_neurons, load_plain
-from litgpt_memsinks.localise_tune import tune_localise
-from litgpt_memsinks.losses import document_nats
-from litgpt_memsinks.model import GPT
-from litgpt_memsinks.scored import read_scored
-from litgpt_memsinks.subject import Subject
+from litgpt_memsinks.evaluate.evaluate import evaluate
+from litgpt_memsinks.evaluate.subject import Subject
+from litgpt_memsinks.localise import frontier as localise_frontier
+from litgpt_memsinks.localise.drop_neurons import drop_neurons
+from litgpt_memsinks.localise.localise import HardConcreteArgs, LocaliseArgs, Point, frontier, localise
+from litgpt_memsinks.localise.neurons import dropped, kept_neurons, load_plain
+from litgpt_memsinks.localise.tune import tune_localise
+from litgpt_memsinks.model.losses import document_nats
+from litgpt_memsinks.model.model import GPT
 from tests.console import SCRIPTS, TINY_MODEL, started
 from tests.helpers import read_jsonl, write_jsonl
 from tests.sink_models import MODELS, save

@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from litgpt.config import Config
 from litgpt.model import GPT as BaseGPT
 
-from litgpt_memsinks import localise_hard_concrete
+from litgpt_memsinks.data.scored import Scored
 from litgpt_memsinks.errors import MemSinksError
-from litgpt_memsinks.localise_activation import activation, written
-from litgpt_memsinks.localise_gradients import attribution, integrated_gradients, midpoints
-from litgpt_memsinks.localise_hard_concrete import (
+from litgpt_memsinks.localise import hard_concrete as localise_hard_concrete
+from litgpt_memsinks.localise.activation import activation, written
+from litgpt_memsinks.localise.gradients import attribution, integrated_gradients, midpoints
+from litgpt_memsinks.localise.hard_concrete import (
     HardConcreteArgs,
     hard_concrete,
     initial_score,
@@ -21,12 +22,11 @@ from litgpt_memsinks.localise_hard_concrete import (
     sampled_mask,
     settled_mask,
 )
-from litgpt_memsinks.localise_neurons import changed, dropped, kept_neurons, suffixes
-from litgpt_memsinks.localise_random import random
-from litgpt_memsinks.localise_scores import LocaliseArgs, score_neurons, work
-from litgpt_memsinks.localise_zero_out import zero_out
+from litgpt_memsinks.localise.neurons import changed, dropped, kept_neurons, suffixes
+from litgpt_memsinks.localise.random import random
+from litgpt_memsinks.localise.scores import LocaliseArgs, score_neurons, work
+from litgpt_memsinks.localise.zero_out import zero_out
 from litgpt_memsinks.metrics import IGNORED
-from litgpt_memsinks.scored import Scored
 
 SMALL = dict(
     name="small", n_layer=2, n_embd=16, n_head=2, block_size=32, vocab_size=40, padded_vocab_size=40,

@@ -13,12 +13,12 @@ from console import memsinks
 from helpers import read_jsonl, with_bos, write_jsonl
 from rich.console import Console
 
-from litgpt_memsinks import lookup as lookup_module
-from litgpt_memsinks.corpus import stories
+from litgpt_memsinks.corpus.embedded import stories
+from litgpt_memsinks.corpus.mixture import Source, ValidationSet
 from litgpt_memsinks.errors import MemSinksError
-from litgpt_memsinks.lookup import lookup, spellings
-from litgpt_memsinks.mixture import Source, ValidationSet
-from litgpt_memsinks.prepare import prepare
+from litgpt_memsinks.prepare.prepare import prepare
+from litgpt_memsinks.prepared import lookup as lookup_module
+from litgpt_memsinks.prepared.lookup import lookup, spellings
 
 Row = dict[str, Any]
 Look = Callable[..., list[Row]]

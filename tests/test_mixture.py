@@ -8,10 +8,10 @@ import pytest
 import yaml
 
 from litgpt_memsinks.__main__ import build_parser
+from litgpt_memsinks.corpus.mixture import Mixture, NearDuplicates, Source, ValidationSet, deduplicated
 from litgpt_memsinks.errors import MemSinksError
-from litgpt_memsinks.manifest import Manifest
-from litgpt_memsinks.mixture import Mixture, NearDuplicates, Source, ValidationSet, deduplicated
-from litgpt_memsinks.prepare import prepare
+from litgpt_memsinks.prepare.manifest import Manifest
+from litgpt_memsinks.prepare.prepare import prepare
 from tests.helpers import read_written
 
 Change = dict[str, Any]

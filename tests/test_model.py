@@ -21,9 +21,9 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 )
 
 from litgpt_memsinks import MemSinksConfig, MemSinksError, SinkArgs
-from litgpt_memsinks.drop_sinks import without_sinks
-from litgpt_memsinks.model import GPT, Block, switch_sinks
-from litgpt_memsinks.sinks import sink_mask
+from litgpt_memsinks.drop_sinks.drop_sinks import without_sinks
+from litgpt_memsinks.model.model import GPT, Block, switch_sinks
+from litgpt_memsinks.sinks.masks import sink_mask
 from tests.make_golden_masks import reference_mask
 
 GATED = dict(parallel_residual=False, norm_class_name="RMSNorm", bias=False, rotary_percentage=1.0, n_query_groups=2)

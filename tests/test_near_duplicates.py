@@ -17,11 +17,20 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 from make_golden_signatures import TEXTS, golden
 
-from litgpt_memsinks import near_duplicate_table, near_duplicates
-from litgpt_memsinks.corpus import stories
+from litgpt_memsinks.bench import near_duplicate_table
+from litgpt_memsinks.corpus.embedded import stories
+from litgpt_memsinks.corpus.mixture import NearDuplicates
+from litgpt_memsinks.document_ids import near_duplicates
+from litgpt_memsinks.document_ids.near_duplicates import (
+    SignatureFile,
+    bands,
+    cluster,
+    near_any,
+    shingles,
+    signatures,
+    similarity,
+)
 from litgpt_memsinks.errors import MemSinksError
-from litgpt_memsinks.mixture import NearDuplicates
-from litgpt_memsinks.near_duplicates import SignatureFile, bands, cluster, near_any, shingles, signatures, similarity
 from tests.console import REPOSITORY
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
@@ -215,8 +224,8 @@ def test_huge_texts_are_signed_in_pieces(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_process_forked_after_signing_can_sign() -> None:
     code = """
 import multiprocessing, os
-from litgpt_memsinks.mixture import NearDuplicates
-from litgpt_memsinks.near_duplicates import signatures
+from litgpt_memsinks.corpus.mixture import NearDuplicates
+from litgpt_memsinks.document_ids.near_duplicates import signatures
 texts = [" ".join(map(str, range(n, n + size))) for n, size in enumerate([100] * 400 + [150000])]
 def work(_):
     return int(signatures(texts, NearDuplicates()).sum(dtype="u8"))
@@ -431,8 +440,8 @@ def test_memory_does_not_grow_with_the_documents(tmp_path: Path) -> None:
 import sys, tracemalloc
 from pathlib import Path
 import numpy as np
-from litgpt_memsinks import near_duplicates
-from litgpt_memsinks.mixture import NearDuplicates
+from litgpt_memsinks.document_ids import near_duplicates
+from litgpt_memsinks.corpus.mixture import NearDuplicates
 near_duplicates._BLOCK_BYTES = near_duplicates._PARTITION_BYTES = 1 << 18
 work, n = Path(sys.argv[1]), int(sys.argv[2])
 rng = np.random.default_rng(0)
@@ -534,7 +543,7 @@ def test_edits_are_as_many_as_named() -> None:
 def test_table_from_the_command_line(tmp_path: Path) -> None:
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text('{"body": "a b c d e f g h"}\n\n{"body": "a b c d e f g h"}\n{"body": "other words"}\n', "utf-8")
-    command = [sys.executable, "-m", "litgpt_memsinks.near_duplicate_table", corpus, "--text-field", "body"]
+    command = [sys.executable, "-m", "litgpt_memsinks.bench.near_duplicate_table", corpus, "--text-field", "body"]
     output = subprocess.run(
         [*command, "--shares", "0", "1"], env=ENVIRONMENT, capture_output=True, text=True, check=True
     ).stdout

@@ -12,15 +12,15 @@ from litgpt.model import GPT as BaseGPT
 from litgpt.utils import save_config
 from torch._dynamo.testing import CompileCounter
 
-from litgpt_memsinks import sinks
+from litgpt_memsinks.certificate.difference import compare
 from litgpt_memsinks.config import MemSinksConfig, SinkArgs
-from litgpt_memsinks.difference import compare
-from litgpt_memsinks.drop_sinks import drop_sinks
+from litgpt_memsinks.drop_sinks.drop_sinks import drop_sinks
 from litgpt_memsinks.errors import MemSinksError
-from litgpt_memsinks.expectations import expected
-from litgpt_memsinks.model import GPT
-from litgpt_memsinks.pretrain import check_same_sinks, describe
-from litgpt_memsinks.sinks import exact_mask, sink_mask, trained_without
+from litgpt_memsinks.model.model import GPT
+from litgpt_memsinks.plan.expectations import expected
+from litgpt_memsinks.pretrain.pretrain import check_same_sinks, describe
+from litgpt_memsinks.sinks import masks as sinks
+from litgpt_memsinks.sinks.masks import exact_mask, sink_mask, trained_without
 from tests import removals
 from tests.console import TINY_MODEL
 from tests.make_golden_masks import DOCUMENTS, packed

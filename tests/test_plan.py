@@ -21,16 +21,13 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_ac
 from torch.profiler import ProfilerActivity, profile
 
 from litgpt_memsinks.__main__ import main
+from litgpt_memsinks.bench.full_size import measuring
 from litgpt_memsinks.config import LaunchArgs, MemSinksConfig, SinkArgs
-from litgpt_memsinks.drop_sinks import without_sinks
-from litgpt_memsinks.expectations import Data, active, colliding_pairs, coverage, overlap, private, sink_warnings
-from litgpt_memsinks.full_size import measuring
-from litgpt_memsinks.manifest import Manifest
-from litgpt_memsinks.model import GPT, Block
-from litgpt_memsinks.plan import Throughput, make_plan, parse_pretrain
-from litgpt_memsinks.pretrain import pair_cross_entropy
-from litgpt_memsinks.sinks import sink_mask
-from litgpt_memsinks.sizing import (
+from litgpt_memsinks.drop_sinks.drop_sinks import without_sinks
+from litgpt_memsinks.model.model import GPT, Block
+from litgpt_memsinks.plan.expectations import Data, active, colliding_pairs, coverage, overlap, private, sink_warnings
+from litgpt_memsinks.plan.plan import Throughput, make_plan, parse_pretrain
+from litgpt_memsinks.plan.sizing import (
     PRECISIONS,
     activations,
     adamw_state,
@@ -43,6 +40,9 @@ from litgpt_memsinks.sizing import (
     sharding,
     weights,
 )
+from litgpt_memsinks.prepare.manifest import Manifest
+from litgpt_memsinks.pretrain.pretrain import pair_cross_entropy
+from litgpt_memsinks.sinks.masks import sink_mask
 from tests.console import litgpt as run_litgpt
 from tests.console import pretrain_arguments
 
@@ -408,7 +408,7 @@ def test_settings_are_parsed_as_stock_litgpt_does(monkeypatch: pytest.MonkeyPatc
         """Stands for plan."""
         received.update(settings)
 
-    monkeypatch.setattr("litgpt_memsinks.plan.plan", receive)
+    monkeypatch.setattr("litgpt_memsinks.plan.plan.plan", receive)
     run_plan(*arguments)
     assert received == stock
 

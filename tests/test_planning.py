@@ -26,12 +26,12 @@ from planned import (
 )
 from tokenizers_zoo import tokenizer_variant
 
-from litgpt_memsinks import planning, tokenizing
-from litgpt_memsinks.document_ids import mix, sequence_ids
+from litgpt_memsinks.corpus.mixture import Mixture, NearDuplicates, Source, ValidationSet
+from litgpt_memsinks.document_ids.ids import mix, sequence_ids
 from litgpt_memsinks.errors import MemSinksError
-from litgpt_memsinks.mixture import Mixture, NearDuplicates, Source, ValidationSet
-from litgpt_memsinks.planning import ROW, Buckets, NeedMoreError, last_key, merge_copies
-from litgpt_memsinks.prepare import canary_vocabulary
+from litgpt_memsinks.prepare import planning, tokenizing
+from litgpt_memsinks.prepare.planning import ROW, Buckets, NeedMoreError, last_key, merge_copies
+from litgpt_memsinks.prepare.prepare import canary_vocabulary
 
 EOS = 0  # of the tokenizer of conftest.py
 
@@ -441,7 +441,9 @@ def test_reading_on_takes_few_rounds(
     # 40 files that all hold the same documents: each round must go on from what was read, not from what was asked for
     files = {f"{n:02}": texts(50, "same") for n in range(40)} | {"99": texts(60, "other")}
     rounds: list[int] = []
-    monkeypatch.setattr("litgpt_memsinks.prepare.report_reading", lambda job, units: rounds.append(len(units) - 1))
+    monkeypatch.setattr(
+        "litgpt_memsinks.prepare.prepare.report_reading", lambda job, units: rounds.append(len(units) - 1)
+    )
     made = make(
         mixture({"s": Source(write_files(tmp_path / "c", files), choose="first", documents=52, repeats=1)}, val)
     )

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import litgpt.utils
 import pytest
 
-from litgpt_memsinks import preemption, resuming
+from litgpt_memsinks.pretrain import preemption, resuming
 from tests.console import BOTH, logged
 from tests.console import run as run_command
 from tests.training_process import TWO_RANKS, arguments, assert_same, ddp, finish, steps, training, training_state
@@ -197,7 +197,7 @@ def test_second_sigterm_is_not_caught_unless_it_is_the_first_one_passed_on(wait,
     code = f"""
 import os, signal, time
 from types import SimpleNamespace
-from litgpt_memsinks.preemption import listening
+from litgpt_memsinks.pretrain.preemption import listening
 with listening(SimpleNamespace(state={{1: 1}}, stop_signal=0)):
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep({wait})

@@ -33,14 +33,14 @@ from litdata import StreamingDataset, TokensLoader
 from litgpt.tokenizer import Tokenizer
 from tokenizers_zoo import VARIANTS, tokenizer_variant
 
-from litgpt_memsinks import planning, tokenizing, writing
-from litgpt_memsinks.chunks import read_chunks
-from litgpt_memsinks.corpus import stories
+from litgpt_memsinks.corpus.embedded import stories
+from litgpt_memsinks.corpus.mixture import Source, ValidationSet
 from litgpt_memsinks.errors import MemSinksError
-from litgpt_memsinks.manifest import Manifest, tokenizer_fingerprint
-from litgpt_memsinks.mixture import Source, ValidationSet
-from litgpt_memsinks.prepare import merge, prepare
-from litgpt_memsinks.verify import verify
+from litgpt_memsinks.prepare import planning, tokenizing, writing
+from litgpt_memsinks.prepare.chunks import read_chunks
+from litgpt_memsinks.prepare.manifest import Manifest, tokenizer_fingerprint
+from litgpt_memsinks.prepare.prepare import merge, prepare
+from litgpt_memsinks.prepared.verify import verify
 
 EOS = 0  # of the tokenizer of conftest.py
 REPEATED, REPEATS = 8, 6  # of the folder `prepared` of conftest.py
@@ -723,7 +723,7 @@ def test_existing_output_is_refused_before_any_work(tmp_path: Path) -> None:
 def clean_process() -> multiprocessing.context.ForkServerContext:
     """Starts processes from one that has imported the package and done nothing else."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["litgpt_memsinks.prepare"])
+    context.set_forkserver_preload(["litgpt_memsinks.prepare.prepare"])
     return context
 
 
@@ -851,7 +851,7 @@ def test_file_system_without_locks_is_named(
     def no_locks(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr("litgpt_memsinks.prepare.fcntl.lockf", no_locks)
+    monkeypatch.setattr("litgpt_memsinks.prepare.prepare.fcntl.lockf", no_locks)
     assert "cannot lock files (No locks available)" in _refusal(tmp_path / "out", **settings)
 
 

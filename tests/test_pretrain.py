@@ -13,8 +13,9 @@ import torch
 import yaml
 from litdata import TokensLoader, optimize
 
-from litgpt_memsinks import MemSinksConfig, SinkArgs, pretrain
-from litgpt_memsinks.checkpoint import read_weights
+from litgpt_memsinks import MemSinksConfig, SinkArgs
+from litgpt_memsinks.model.checkpoint import read_weights
+from litgpt_memsinks.pretrain import pretrain
 from tests.console import (
     LIBRARIES,
     NOT_AUTOLOADED,

@@ -21,10 +21,10 @@ from litgpt.pretrain import setup
 from litgpt_memsinks import MemSinksData
 from litgpt_memsinks.__main__ import build_parser
 from litgpt_memsinks.config import MemSinksConfig, SinkArgs
-from litgpt_memsinks.demo import ARMS
-from litgpt_memsinks.mixture import NearDuplicates, Source, ValidationSet
-from litgpt_memsinks.plan import Throughput, make_plan, parse_pretrain
-from litgpt_memsinks.prepare import prepare
+from litgpt_memsinks.corpus.mixture import NearDuplicates, Source, ValidationSet
+from litgpt_memsinks.experiments.demo import ARMS
+from litgpt_memsinks.plan.plan import Throughput, make_plan, parse_pretrain
+from litgpt_memsinks.prepare.prepare import prepare
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 ALL = sorted(path for ending in ("yaml", "yml") for path in RECIPES.rglob(f"*.{ending}"))

@@ -6,13 +6,13 @@ import sys
 
 import pytest
 
-from litgpt_memsinks import release_size as module
-from litgpt_memsinks.checkpoint import WEIGHTS, check_fits, read_config, read_weights
+from litgpt_memsinks.bench import release_size as module
+from litgpt_memsinks.bench.release_size import make_checkpoint, release_size
 from litgpt_memsinks.config import MemSinksConfig
-from litgpt_memsinks.drop_sinks import drop_sinks
+from litgpt_memsinks.drop_sinks.drop_sinks import drop_sinks
+from litgpt_memsinks.drop_sinks.export_hf import export_hf
 from litgpt_memsinks.errors import MemSinksError
-from litgpt_memsinks.export_hf import export_hf
-from litgpt_memsinks.release_size import make_checkpoint, release_size
+from litgpt_memsinks.model.checkpoint import WEIGHTS, check_fits, read_config, read_weights
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux says which memory is anonymous")
 

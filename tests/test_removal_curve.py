@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from litgpt_memsinks import SinkArgs
-from litgpt_memsinks.checkpoint import load_model
+from litgpt_memsinks.bench.removal_curve import _Curve, removal_curve
+from litgpt_memsinks.data.scored import read_scored
 from litgpt_memsinks.errors import MemSinksError
-from litgpt_memsinks.evaluate import score
-from litgpt_memsinks.removal_curve import _Curve, removal_curve
-from litgpt_memsinks.remove import remove
-from litgpt_memsinks.scored import read_scored
+from litgpt_memsinks.evaluate.evaluate import score
+from litgpt_memsinks.model.checkpoint import load_model
+from litgpt_memsinks.remove.remove import remove
 from tests.sink_models import build, learn, save
 
 

@@ -18,15 +18,15 @@ import yaml
 from helpers import read_jsonl, write_jsonl
 
 from litgpt_memsinks import MemSinksConfig, SinkArgs
-from litgpt_memsinks import remove as remove_module
 from litgpt_memsinks.__main__ import main
-from litgpt_memsinks.checkpoint import load_model, read_config, read_weights
-from litgpt_memsinks.drop_sinks import drop_sinks
+from litgpt_memsinks.drop_sinks.drop_sinks import drop_sinks
 from litgpt_memsinks.errors import MemSinksError
-from litgpt_memsinks.launch import FullyShardedStrategy
-from litgpt_memsinks.model import GPT, removed_mask
-from litgpt_memsinks.pretrain import check_same_sinks, describe, with_removed
-from litgpt_memsinks.sinks import pack_neurons, unpack_neurons
+from litgpt_memsinks.model.checkpoint import load_model, read_config, read_weights
+from litgpt_memsinks.model.model import GPT, removed_mask
+from litgpt_memsinks.pretrain.launch import FullyShardedStrategy
+from litgpt_memsinks.pretrain.pretrain import check_same_sinks, describe, with_removed
+from litgpt_memsinks.remove import remove as remove_module
+from litgpt_memsinks.sinks.masks import pack_neurons, unpack_neurons
 from tests.console import REPOSITORY, TINY_MODEL, memsinks, pretrain_arguments
 from tests.sink_models import MODELS, build, save
 
@@ -412,7 +412,7 @@ def test_a_failure_while_writing_leaves_nothing(
 SLOW_SAVE = """
 import sys, time
 from pathlib import Path
-from litgpt_memsinks import remove as module
+from litgpt_memsinks.remove import remove as module
 save = module.torch.save
 def slow_save(content, path):  # the moment in which a kill would hurt most: half the bytes are written
     save(content, path)

@@ -15,15 +15,15 @@ from matplotlib.figure import Figure
 
 from litgpt_memsinks.__main__ import main
 from litgpt_memsinks.errors import MemSinksError
-from litgpt_memsinks.report import report
-from litgpt_memsinks.report_charts import Axis, Chart, Guide, Series, as_table, mean_line, printable, sections, thin
-from litgpt_memsinks.report_examples import version_of
-from litgpt_memsinks.report_figures import draw
-from litgpt_memsinks.report_page import FOLDER, PARTS, page
-from litgpt_memsinks.report_results import estimate, read_results
-from litgpt_memsinks.report_svg import SHAPES, chart_svg, legend
-from litgpt_memsinks.report_table import METRICS, as_csv, as_markdown
-from litgpt_memsinks.report_verdict import verdict
+from litgpt_memsinks.report.charts import Axis, Chart, Guide, Series, as_table, mean_line, printable, sections, thin
+from litgpt_memsinks.report.examples import version_of
+from litgpt_memsinks.report.figures import draw
+from litgpt_memsinks.report.page import FOLDER, PARTS, page
+from litgpt_memsinks.report.report import report
+from litgpt_memsinks.report.results import estimate, read_results
+from litgpt_memsinks.report.svg import SHAPES, chart_svg, legend
+from litgpt_memsinks.report.table import METRICS, as_csv, as_markdown
+from litgpt_memsinks.report.verdict import verdict
 from tests.console import run
 from tests.made_results import HOSTILE, make_results
 
@@ -423,7 +423,7 @@ def contrast(one, other):
 
 @pytest.mark.parametrize("dark", [False, True])
 def test_contrast_meets_wcag_aa(dark):
-    colours = scheme((FOLDER / "report_page.css").read_text(), dark)
+    colours = scheme((FOLDER / "page.css").read_text(), dark)
     assert contrast("#000000", "#ffffff") == pytest.approx(21)
     for ground in ("page", "card"):
         for text in ("ink", "soft", "link"):
@@ -445,7 +445,7 @@ def seen_by_deuteranopes(colour):
 
 @pytest.mark.parametrize("dark", [False, True])
 def test_colours_of_five_arms_differ_to_the_colour_blind(dark):
-    colours = scheme((FOLDER / "report_page.css").read_text(), dark)
+    colours = scheme((FOLDER / "page.css").read_text(), dark)
     seen = [seen_by_deuteranopes(colours[f"s{slot}"]) for slot in range(5)]
     for one, other in itertools.combinations(seen, 2):
         assert sum((a - b) ** 2 for a, b in zip(one, other, strict=True)) ** 0.5 > 0.1
@@ -669,7 +669,7 @@ def test_report_imports_no_pytorch(made, tmp_path):
     code = f"""
 import sys
 from pathlib import Path
-from litgpt_memsinks.report import report
+from litgpt_memsinks.report.report import report
 report(Path({str(made)!r}), Path({str(tmp_path / "page.html")!r}))
 print(sorted({{"torch", "litgpt", "lightning", "litdata"}} & set(sys.modules)))
 """

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from litgpt_memsinks.report import report
+from litgpt_memsinks.report.report import report
 from tests.made_results import HOSTILE, make_results
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)

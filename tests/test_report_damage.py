@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from litgpt_memsinks.__main__ import main
 from litgpt_memsinks.errors import MemSinksError
-from litgpt_memsinks.report import read_results
-from litgpt_memsinks.report_page import page
-from litgpt_memsinks.report_table import as_csv, as_markdown
+from litgpt_memsinks.report.page import page
+from litgpt_memsinks.report.report import read_results
+from litgpt_memsinks.report.table import as_csv, as_markdown
 from tests.made_results import make_results
 
 EXAMPLES = int(os.environ.get("DAMAGED_FILES", "30"))

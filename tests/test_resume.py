@@ -16,12 +16,12 @@ import pytest
 from helpers import prepare_in_own_group, write_jsonl
 from planned import texts, write_files
 
-from litgpt_memsinks import prepare as prepare_module
-from litgpt_memsinks.corpus import stories
+from litgpt_memsinks.corpus.embedded import stories
+from litgpt_memsinks.corpus.mixture import Source, ValidationSet
 from litgpt_memsinks.errors import MemSinksError
-from litgpt_memsinks.manifest import Manifest
-from litgpt_memsinks.mixture import Source, ValidationSet
-from litgpt_memsinks.prepare import prepare, work_folder
+from litgpt_memsinks.prepare import prepare as prepare_module
+from litgpt_memsinks.prepare.manifest import Manifest
+from litgpt_memsinks.prepare.prepare import prepare, work_folder
 
 Settings = dict[str, Any]
 Digests = dict[str, str]
@@ -31,7 +31,7 @@ Digests = dict[str, str]
 def context() -> ForkServerContext:
     """Starts processes from one that has imported the package and done nothing else."""
     forkserver = multiprocessing.get_context("forkserver")
-    forkserver.set_forkserver_preload(["litgpt_memsinks.prepare"])
+    forkserver.set_forkserver_preload(["litgpt_memsinks.prepare.prepare"])
     return forkserver
 
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 from litgpt.args import EvalArgs, TrainArgs
 
-from litgpt_memsinks import MemSinksConfig, MemSinksData, SinkArgs, resuming, saving
+from litgpt_memsinks import MemSinksConfig, MemSinksData, SinkArgs
 from litgpt_memsinks.errors import MemSinksError
-from litgpt_memsinks.run import Run
+from litgpt_memsinks.pretrain import resuming, saving
+from litgpt_memsinks.pretrain.run import Run
 from tests.training_process import TWO_RANKS, arguments, assert_same, ddp, finish, training_state
 
 

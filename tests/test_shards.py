@@ -10,13 +10,13 @@ import pyarrow.parquet as pq
 import pytest
 from planned import texts, write_files
 
-from litgpt_memsinks import prepare as prepare_module
-from litgpt_memsinks import tokenizing
-from litgpt_memsinks.chunks import read_chunks
+from litgpt_memsinks.corpus.mixture import NearDuplicates, Source, ValidationSet
 from litgpt_memsinks.errors import MemSinksError
-from litgpt_memsinks.manifest import Manifest
-from litgpt_memsinks.mixture import NearDuplicates, Source, ValidationSet
-from litgpt_memsinks.prepare import merge, prepare
+from litgpt_memsinks.prepare import prepare as prepare_module
+from litgpt_memsinks.prepare import tokenizing
+from litgpt_memsinks.prepare.chunks import read_chunks
+from litgpt_memsinks.prepare.manifest import Manifest
+from litgpt_memsinks.prepare.prepare import merge, prepare
 
 Settings = dict[str, Any]
 

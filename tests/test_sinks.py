@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from litgpt_memsinks.sinks import MASK_VERSION, document_bits, fmix32, only_repeated, sink_mask, threshold
+from litgpt_memsinks.sinks.masks import MASK_VERSION, document_bits, fmix32, only_repeated, sink_mask, threshold
 from tests.make_golden_masks import DOCUMENTS, SETTINGS, packed, reference_fmix32, reference_mask
 
 INT_MIN, INT_MAX = -(2**31), 2**31 - 1

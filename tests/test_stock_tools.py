@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from litgpt_memsinks.drop_sinks import drop_sinks
+from litgpt_memsinks.drop_sinks.drop_sinks import drop_sinks
 from tests.console import NOT_AUTOLOADED, SCRIPTS, litgpt
 from tests.released import save
 

@@ -27,8 +27,8 @@ from werkzeug.serving import make_server
 
 from litgpt_memsinks import MemSinksData, remote
 from litgpt_memsinks.errors import MemSinksError
-from litgpt_memsinks.manifest import Manifest
-from litgpt_memsinks.prepare import prepare
+from litgpt_memsinks.prepare.manifest import Manifest
+from litgpt_memsinks.prepare.prepare import prepare
 from tests.console import BOTH, TINY_MODEL, litgpt, logged, memsinks, pretrain_arguments, run, started
 
 B, T = 2, 16

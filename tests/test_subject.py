@@ -12,9 +12,9 @@ from litgpt.scripts.convert_lit_checkpoint import copy_weights_gpt_neox, copy_we
 from safetensors.torch import save_file
 
 from litgpt_memsinks.errors import MemSinksError
-from litgpt_memsinks.evaluate import evaluate
-from litgpt_memsinks.huggingface import litgpt_config, load_huggingface
-from litgpt_memsinks.subject import Subject, ask_files, ask_prepared
+from litgpt_memsinks.evaluate.evaluate import evaluate
+from litgpt_memsinks.evaluate.huggingface import litgpt_config, load_huggingface
+from litgpt_memsinks.evaluate.subject import Subject, ask_files, ask_prepared
 from tests.console import TINY_MODEL
 from tests.helpers import read_jsonl, write_jsonl
 from tests.trained import plain_model, save, sink_model

@@ -11,14 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from litgpt_memsinks import theory_accumulation as accumulation
-from litgpt_memsinks import theory_coadaptation as coadaptation
-from litgpt_memsinks import theory_entanglement as entanglement
-from litgpt_memsinks import theory_forgetting as forgetting
 from litgpt_memsinks.__main__ import main
 from litgpt_memsinks.errors import MemSinksError
-from litgpt_memsinks.theory import COLUMNS, PARTS, cells
-from litgpt_memsinks.theory_verdict import Verdict
+from litgpt_memsinks.theory import accumulation, coadaptation, entanglement, forgetting
+from litgpt_memsinks.theory.theory import COLUMNS, PARTS, cells
+from litgpt_memsinks.theory.verdict import Verdict
 from tests.console import REPOSITORY
 
 few = settings(max_examples=12, deadline=None, derandomize=True)

@@ -20,13 +20,13 @@ from helpers import read_jsonl, reference_digest, write_jsonl
 from litgpt.tokenizer import Tokenizer
 from planned import texts, write_files
 
-from litgpt_memsinks import tokenizing
-from litgpt_memsinks.corpus import stories
-from litgpt_memsinks.corpus_files import Document, corpus_files
+from litgpt_memsinks.corpus.corpus_files import Document, corpus_files
+from litgpt_memsinks.corpus.embedded import stories
+from litgpt_memsinks.corpus.mixture import NearDuplicates, Reading
 from litgpt_memsinks.errors import MemSinksError
-from litgpt_memsinks.manifest import tokenizer_fingerprint
-from litgpt_memsinks.mixture import NearDuplicates, Reading
-from litgpt_memsinks.tokenizing import (
+from litgpt_memsinks.prepare import tokenizing
+from litgpt_memsinks.prepare.manifest import tokenizer_fingerprint
+from litgpt_memsinks.prepare.tokenizing import (
     RECORD,
     Done,
     StoppedError,
@@ -426,7 +426,7 @@ def test_a_unit_that_an_orphan_finishes_is_taken(
 # ------------------------------------------------------------------------------------------------------------- Ctrl-C
 
 SLOW_READING = """
-from litgpt_memsinks.tokenizing import UnitReader
+from litgpt_memsinks.prepare.tokenizing import UnitReader
 tokenizing._BATCH_DOCUMENTS = 5
 real = UnitReader._encode
 def slow(self, documents):
@@ -436,7 +436,7 @@ def slow(self, documents):
 UnitReader._encode = slow
 """
 SLOW_WRITING = """
-from litgpt_memsinks.writing import ChunkWriter
+from litgpt_memsinks.prepare.writing import ChunkWriter
 real = ChunkWriter.__call__
 def slow(self, piece):
     print("busy", flush=True)

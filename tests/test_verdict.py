@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from litgpt_memsinks.__main__ import main
-from litgpt_memsinks.battery import Measured
-from litgpt_memsinks.checkpoint import load_model
-from litgpt_memsinks.drop_sinks import drop_sinks
-from litgpt_memsinks.evaluate import evaluate
-from litgpt_memsinks.scored import Scored
-from litgpt_memsinks.subject import Subject, ask_files, ask_prepared
-from litgpt_memsinks.verdict import Thresholds, verdict
+from litgpt_memsinks.data.scored import Scored
+from litgpt_memsinks.drop_sinks.drop_sinks import drop_sinks
+from litgpt_memsinks.evaluate.battery import Measured
+from litgpt_memsinks.evaluate.evaluate import evaluate
+from litgpt_memsinks.evaluate.subject import Subject, ask_files, ask_prepared
+from litgpt_memsinks.evaluate.verdict import Thresholds, verdict
+from litgpt_memsinks.model.checkpoint import load_model
 from tests import trained
 from tests.console import REPOSITORY, memsinks
 

@@ -14,15 +14,15 @@ import xxhash
 from console import memsinks
 from helpers import read_stream, read_written, with_bos, write_jsonl
 
-from litgpt_memsinks import document_walk
-from litgpt_memsinks.corpus import stories
-from litgpt_memsinks.document_table import DocumentTable, rows_of
-from litgpt_memsinks.document_walk import Expected, Marks, Walk
+from litgpt_memsinks.corpus.embedded import stories
+from litgpt_memsinks.corpus.mixture import NearDuplicates, Source, ValidationSet
 from litgpt_memsinks.errors import MemSinksError
-from litgpt_memsinks.manifest import Manifest
-from litgpt_memsinks.mixture import NearDuplicates, Source, ValidationSet
-from litgpt_memsinks.prepare import prepare
-from litgpt_memsinks.verify import verify
+from litgpt_memsinks.prepare.manifest import Manifest
+from litgpt_memsinks.prepare.prepare import prepare
+from litgpt_memsinks.prepared import document_walk
+from litgpt_memsinks.prepared.document_table import DocumentTable, rows_of
+from litgpt_memsinks.prepared.document_walk import Expected, Marks, Walk
+from litgpt_memsinks.prepared.verify import verify
 
 EOS = 0  # of the tokenizer of conftest.py
 END = "<|endoftext|>"

@@ -9,15 +9,15 @@ import pytest
 import torch
 import yaml
 
-import litgpt_memsinks.verify_removal as module
-from litgpt_memsinks import before_after
+import litgpt_memsinks.certificate.verify_removal as module
 from litgpt_memsinks.__main__ import main
-from litgpt_memsinks.certificate import certify, write_certificate
+from litgpt_memsinks.certificate import before_after
+from litgpt_memsinks.certificate.certificate import certify, write_certificate
+from litgpt_memsinks.certificate.verify_removal import verify_removal
 from litgpt_memsinks.digests import content_sha256, folder_sha256, tree_sha256
-from litgpt_memsinks.drop_sinks import drop_sinks
+from litgpt_memsinks.drop_sinks.drop_sinks import drop_sinks
 from litgpt_memsinks.errors import MemSinksError
-from litgpt_memsinks.remove import remove
-from litgpt_memsinks.verify_removal import verify_removal
+from litgpt_memsinks.remove.remove import remove
 from tests.console import memsinks
 from tests.removals import copied, kept, mask_of, numbers_of, removed, state_of, trained
 

@@ -24,18 +24,18 @@ from litgpt.model import GPT as BaseGPT
 from litgpt.pretrain import setup
 
 from litgpt_memsinks.config import MemSinksConfig, SinkArgs, WatchArgs
-from litgpt_memsinks.corpus import stories
-from litgpt_memsinks.data import MemSinksData
+from litgpt_memsinks.corpus.embedded import stories
+from litgpt_memsinks.corpus.mixture import Source, ValidationSet
+from litgpt_memsinks.data.data import MemSinksData
+from litgpt_memsinks.data.scored import sample_scored
 from litgpt_memsinks.errors import MemSinksError
-from litgpt_memsinks.evaluate import read_scored, score
-from litgpt_memsinks.mixture import Source, ValidationSet
-from litgpt_memsinks.model import GPT
-from litgpt_memsinks.prepare import prepare
-from litgpt_memsinks.pretrain import base_validate
-from litgpt_memsinks.run import Run
-from litgpt_memsinks.scored import sample_scored
-from litgpt_memsinks.sinks import sink_mask
-from litgpt_memsinks.watch import Watch, Watched
+from litgpt_memsinks.evaluate.evaluate import read_scored, score
+from litgpt_memsinks.model.model import GPT
+from litgpt_memsinks.prepare.prepare import prepare
+from litgpt_memsinks.pretrain.pretrain import base_validate
+from litgpt_memsinks.pretrain.run import Run
+from litgpt_memsinks.pretrain.watch import Watch, Watched
+from litgpt_memsinks.sinks.masks import sink_mask
 from tests.console import REPOSITORY, TINY_MODEL, litgpt, logged, pretrain_arguments
 from tests.planned import write_files
 

@@ -19,14 +19,14 @@ from hypothesis import strategies as st
 from litdata import StreamingDataset, TokensLoader
 from planned import write_files
 
-from litgpt_memsinks import writing
-from litgpt_memsinks.chunks import read_chunks
-from litgpt_memsinks.corpus import stories
+from litgpt_memsinks.corpus.embedded import stories
+from litgpt_memsinks.corpus.mixture import Source, ValidationSet
 from litgpt_memsinks.errors import MemSinksError
-from litgpt_memsinks.mixture import Source, ValidationSet
-from litgpt_memsinks.planning import ENTRY
-from litgpt_memsinks.prepare import prepare
-from litgpt_memsinks.writing import ChunkWriter, Piece, cut, entry_lengths, write_stream
+from litgpt_memsinks.prepare import writing
+from litgpt_memsinks.prepare.chunks import read_chunks
+from litgpt_memsinks.prepare.planning import ENTRY
+from litgpt_memsinks.prepare.prepare import prepare
+from litgpt_memsinks.prepare.writing import ChunkWriter, Piece, cut, entry_lengths, write_stream
 
 LENGTHS = st.lists(st.one_of(st.integers(1, 6), st.integers(1, 60)), max_size=40)
 

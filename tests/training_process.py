@@ -54,7 +54,7 @@ class Training:
 
     def __init__(self, settings, output: Path, file_limit=None):
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["litgpt_memsinks.pretrain"])
+        context.set_forkserver_preload(["litgpt_memsinks.pretrain.pretrain"])
         self.output = output
         self.process = context.Process(target=train_here, args=(settings, output, file_limit))
         self.process.start()

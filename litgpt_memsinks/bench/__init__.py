@@ -1,0 +1,1 @@
+"""How fast, how large? What the figures in `docs/` were measured with."""

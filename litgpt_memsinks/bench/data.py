@@ -1,0 +1,357 @@
+"""How fast is `prepare`? Against LitGPT's own SlimPajama preparation and plain litdata, on the same files and cores.
+
+Each contender runs in a process of its own, in turns. `plain litdata` tokenises the same batches of documents in every
+worker by `tokenizers`' own batch encoding, but has no document IDs, repeats, shuffle, tables or checks. It runs twice,
+and the second one's ratio to the first is the control. To tell what IDs and all the rest cost, both run with the same
+tokenisation as well: ours with `tokenizers`' batch encoding, plain litdata with our encoder (`encoding.py`).
+"""
+
+import json
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import zstandard
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from litgpt_memsinks.corpus.corpus_files import corpus_files, read_documents
+from litgpt_memsinks.corpus.embedded import stories, train_tokenizer
+from litgpt_memsinks.corpus.mixture import Reading, Source, ValidationSet
+from litgpt_memsinks.errors import MemSinksError
+from litgpt_memsinks.files import refuse_to_overwrite, write_json
+from litgpt_memsinks.prepare.encoding import Encoder, load_tokenizer
+from litgpt_memsinks.prepare.prepare import prepare
+from litgpt_memsinks.prepare.tokenizing import batches
+
+CONTENDERS = (
+    "plain litdata",
+    "plain litdata again",
+    "ours, tokenizers' encoding",
+    "plain litdata, our encoder",
+    "ours",
+    "litgpt prepare_slimpajama",
+)
+_STORIES = 4000  # in each made-up file
+_CHUNK_BYTES = 16_000_000  # so that a small corpus fills some, and a larger one takes no more memory for that reason
+
+
+@dataclass
+class Measurement:
+    """One contender on one size of data."""
+
+    contender: str
+    files: int
+    """Files that were read"""
+    tokens: int
+    """Tokens in them"""
+    seconds: float
+    """Wall time, median over the rounds"""
+    cpu_seconds: float
+    """CPU time of all processes, median over the rounds"""
+    peak_memory: int
+    """Bytes of all processes together at the worst moment, shared pages counted once; largest over the rounds"""
+    wall_speed: float
+    """Median over the rounds of the wall time of plain litdata divided by this contender's: above 1 is faster"""
+    cpu_speed: float
+    """The same of CPU time"""
+
+
+def bench_data(
+    corpus: Path | None = None,
+    tokenizer_dir: Path | None = None,
+    files: int = 24,
+    rounds: int = 3,
+    growth: int = 10,
+    num_workers: int | None = None,
+    out_file: Path | None = None,
+) -> None:
+    """Time `prepare` against LitGPT's SlimPajama preparation and plain litdata, and its memory on more data.
+
+    Args:
+        corpus: Folder of SlimPajama's `.jsonl.zst` files; made-up stories by default. Copies of them are prepared.
+        tokenizer_dir: A tokenizer; one of 4,096 tokens trained on stories by default.
+        files: How many files to prepare.
+        rounds: How often each contender takes its turn.
+        growth: How many times as many files to measure our memory on; 1 leaves that out.
+        num_workers: Processes; one per core by default. LitGPT's own always takes one per core.
+        out_file: JSON file for the figures. Must not exist.
+
+    Raises:
+        MemSinksError: If a number is too small, or `out_file` exists.
+    """
+    for name, value in (("files", files), ("rounds", rounds), ("growth", growth)):
+        if value < 1:
+            raise MemSinksError(f"{name} is {value}, but it must be at least 1.")
+    if out_file is not None:
+        refuse_to_overwrite(out_file)
+    workers = num_workers or os.cpu_count() or 1
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        tokenizer_dir = tokenizer_dir or _tokenizer(work)
+        inputs = {count: _copies(corpus, work / f"files-{count}", count) for count in {files, files * growth}}
+        # each round begins with another one, so that none always follows the same
+        starts = [turn % len(CONTENDERS) for turn in range(rounds)]
+        orders = [CONTENDERS[start:] + CONTENDERS[:start] for start in starts]
+        turns = [(contender, files) for order in orders for contender in order]
+        turns += [("ours", files * growth)] * (growth > 1)
+        found: dict[tuple[str, int], list[dict[str, Any]]] = {}
+        for contender, count in track(turns, "Preparing", transient=True):
+            figures = _in_own_process(contender, inputs[count], tokenizer_dir, work / "out", workers)
+            found.setdefault((contender, count), []).append(figures)
+    measurements = [_summary(contender, count, found, files) for contender, count in found]
+    _print(measurements, rounds, workers)
+    if out_file is not None:
+        versions = {name: version(name) for name in ("litdata", "litgpt", "litgpt-memsinks", "tokenizers")}
+        content = {"num_workers": workers, "versions": versions, "measurements": [asdict(one) for one in measurements]}
+        write_json(out_file, content)
+
+
+def _summary(contender: str, count: int, found: dict[tuple[str, int], list[dict[str, Any]]], files: int) -> Measurement:
+    runs, plain = found[contender, count], found[CONTENDERS[0], files]
+
+    def ratio(name: str) -> float:
+        return statistics.median(base[name] / own[name] for base, own in zip(plain, runs, strict=False))
+
+    return Measurement(
+        contender=contender,
+        files=count,
+        tokens=runs[0]["tokens"],
+        seconds=statistics.median(run["seconds"] for run in runs),
+        cpu_seconds=statistics.median(run["cpu_seconds"] for run in runs),
+        peak_memory=max(run["peak_memory"] for run in runs),
+        wall_speed=ratio("seconds") * runs[0]["tokens"] / plain[0]["tokens"],
+        cpu_speed=ratio("cpu_seconds") * runs[0]["tokens"] / plain[0]["tokens"],
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- contenders
+
+
+def run_ours(inputs: Path, tokenizer_dir: Path, out_dir: Path, num_workers: int) -> None:
+    """Our `prepare`, with validation held out, as for a run."""
+    skip = {"meta.redpajama_set_name": ["RedPajamaGithub"]}
+    path = str(inputs / "*.zst")
+    prepare(
+        out_dir,
+        tokenizer_dir,
+        {"slimpajama": Source(path, exclude=skip)},
+        {"held_out": ValidationSet(path, exclude=skip, documents=10, hold_out=True)},
+        chunk_bytes=_CHUNK_BYTES,
+        num_workers=num_workers,
+    )
+
+
+def run_ours_unaided(inputs: Path, tokenizer_dir: Path, out_dir: Path, num_workers: int) -> None:
+    """Our `prepare`, tokenising whole texts as plain litdata does. Workers are forked, so they inherit the patch."""
+    with mock.patch("litgpt_memsinks.prepare.encoding.begins_words_at_spaces", return_value=False):
+        run_ours(inputs, tokenizer_dir, out_dir, num_workers)
+
+
+def run_litgpt(inputs: Path, tokenizer_dir: Path, out_dir: Path, num_workers: int) -> None:
+    """LitGPT's own script."""
+    from litgpt.data import prepare_slimpajama
+
+    prepare_slimpajama.prepare(inputs, out_dir, tokenizer_dir)
+
+
+class PlainTokens:
+    """Yields the tokens of a file's documents, tokenised in batches; litdata runs it in its worker processes.
+
+    Args:
+        tokenizer_dir: Folder of the tokenizer.
+        by_words: Whether words are encoded once, as in `prepare`, or all texts by the tokenizer.
+    """
+
+    def __init__(self, tokenizer_dir: Path, by_words: bool) -> None:
+        self.tokenizer_dir, self.by_words = tokenizer_dir, by_words
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """The tokenizer of this process."""
+        encoder = Encoder(load_tokenizer(self.tokenizer_dir))
+        encoder.by_words &= self.by_words
+        return encoder
+
+    def __call__(self, path: str) -> Iterator[torch.Tensor]:
+        """Yield one int32 tensor per document of a file."""
+        reading = Reading(path)
+        (file,) = corpus_files(reading)
+        for documents in batches(read_documents(file, reading)):
+            for tokens in self.encoder([document.text for document in documents]):
+                yield torch.from_numpy(tokens.copy())  # which PyTorch wants writable
+
+
+def run_plain(inputs: Path, tokenizer_dir: Path, out_dir: Path, num_workers: int, by_words: bool = False) -> None:
+    """Plain `litdata.optimize`: tokens without IDs, in the order of the files."""
+    from litdata import TokensLoader, optimize
+
+    optimize(
+        fn=PlainTokens(tokenizer_dir, by_words),
+        inputs=[str(path) for path in sorted(inputs.glob("*.zst"))],
+        output_dir=str(out_dir),
+        chunk_bytes=_CHUNK_BYTES,
+        item_loader=TokensLoader(),
+        num_workers=num_workers,
+        start_method="fork",  # as ours; spawned workers would import everything again
+        verbose=False,
+    )
+
+
+_RUNS: dict[str, Callable[[Path, Path, Path, int], None]] = {
+    "ours": run_ours,
+    "ours, tokenizers' encoding": run_ours_unaided,
+    "litgpt prepare_slimpajama": run_litgpt,
+    "plain litdata": run_plain,
+    "plain litdata, our encoder": partial(run_plain, by_words=True),
+}
+
+
+# ----------------------------------------------------------------------------------------------------------- measuring
+
+
+def _in_own_process(contender: str, inputs: Path, tokenizer_dir: Path, out_dir: Path, workers: int) -> dict[str, Any]:
+    shutil.rmtree(out_dir, ignore_errors=True)
+    what = json.dumps([contender.removesuffix(" again"), str(inputs), str(tokenizer_dir), str(out_dir), workers])
+    code = "import sys; from litgpt_memsinks.bench.data import measure_here; measure_here(sys.argv[1])"
+    scratch = {"DATA_OPTIMIZER_CACHE_FOLDER": f"{out_dir}-cache", "DATA_OPTIMIZER_DATA_CACHE_FOLDER": f"{out_dir}-data"}
+    result = subprocess.run(
+        [sys.executable, "-c", code, what], capture_output=True, text=True, env=os.environ | scratch
+    )
+    if result.returncode:
+        raise MemSinksError(f"{contender} failed: {(result.stderr.strip().splitlines() or ['no output'])[-1]}")
+    figures: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    figures["tokens"] = count_tokens(inputs, tokenizer_dir)
+    return figures
+
+
+_counted: dict[Path, int] = {}
+
+
+def count_tokens(inputs: Path, tokenizer_dir: Path) -> int:
+    """Tokens of a folder of files, counted once. Copies have as many as their originals."""
+    if inputs not in _counted:
+        first = {path.name.split("-", 1)[1]: path for path in inputs.glob("*.zst")}
+        tokens = {
+            name: sum(len(document) for document in PlainTokens(tokenizer_dir, True)(str(path)))
+            for name, path in first.items()
+        }
+        _counted[inputs] = sum(tokens[path.name.split("-", 1)[1]] for path in inputs.glob("*.zst"))
+    return _counted[inputs]
+
+
+def measure_here(what: str) -> None:
+    """Run one contender in this process and print its figures as JSON."""
+    contender, inputs, tokenizer_dir, out_dir, workers = json.loads(what)
+    run = _RUNS[contender]
+    with _peak_memory() as peak:
+        started = time.perf_counter()
+        run(Path(inputs), Path(tokenizer_dir), Path(out_dir), workers)
+        seconds = time.perf_counter() - started
+    usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    cpu = sum(one.ru_utime + one.ru_stime for one in usage) - _CPU_OF_IMPORTS
+    print(json.dumps({"seconds": seconds, "cpu_seconds": cpu, "peak_memory": peak[0]}))
+
+
+_CPU_OF_IMPORTS = time.process_time()
+
+
+class _peak_memory:  # noqa: N801 (used as a function)
+    """Largest sum of the proportional memory of this process and all below it, sampled every 50 ms."""
+
+    def __enter__(self) -> list[int]:
+        self.peak, self.done = [0], threading.Event()
+        self.thread = threading.Thread(target=self._sample)
+        self.thread.start()
+        return self.peak
+
+    def __exit__(self, *_: object) -> None:
+        self.done.set()
+        self.thread.join()
+
+    def _sample(self) -> None:
+        while not self.done.wait(0.05):
+            self.peak[0] = max(self.peak[0], sum(_memory(process) for process in _tree(os.getpid())))
+
+
+def _tree(process: int) -> Iterator[int]:
+    yield process
+    for thread in Path(f"/proc/{process}/task").glob("*/children"):
+        try:
+            children = thread.read_text().split()
+        except OSError:
+            continue  # it has ended
+        for child in children:
+            yield from _tree(int(child))
+
+
+def _memory(process: int) -> int:
+    try:
+        lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0  # it has ended, or this is not Linux
+    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+
+
+def _tokenizer(work: Path) -> Path:
+    train_tokenizer(stories(2000), work / "tokenizer", vocab_size=4096)
+    return work / "tokenizer"
+
+
+def _copies(corpus: Path | None, folder: Path, count: int) -> Path:
+    """A folder of so many files, named `NUMBER-ORIGINAL`."""
+    folder.mkdir()
+    if corpus is None:
+        made = folder.parent / "stories"
+        if not made.is_dir():
+            made.mkdir()
+            meta = {"redpajama_set_name": "RedPajamaC4"}
+            lines = "".join(json.dumps({"text": text, "meta": meta}) + "\n" for text in stories(_STORIES))
+            (made / "stories.jsonl.zst").write_bytes(zstandard.compress(lines.encode()))
+        corpus = made
+    originals = sorted(corpus.rglob("*.jsonl.zst"))
+    if not originals:
+        raise MemSinksError(f"{str(corpus)!r} has no file ending in .jsonl.zst. Name a folder of SlimPajama files.")
+    for number in range(count):
+        original = originals[number % len(originals)]
+        shutil.copyfile(original, folder / f"{number:04d}-{original.name}")
+    return folder
+
+
+def _print(measurements: list[Measurement], rounds: int, workers: int) -> None:
+    title = f"Preparing data: {workers} processes, median of {rounds} rounds"
+    table = Table(title=title, title_justify="left")
+    for name in ("contender", "files", "tokens", "wall s", "CPU s", "tokens/s", "speed", "CPU speed", "peak MB"):
+        table.add_column(name, justify="left" if name == "contender" else "right")
+    for one in measurements:
+        table.add_row(
+            one.contender,
+            str(one.files),
+            f"{one.tokens:,}",
+            f"{one.seconds:.1f}",
+            f"{one.cpu_seconds:.1f}",
+            f"{one.tokens / one.seconds:,.0f}",
+            f"{one.wall_speed:.2f}",
+            f"{one.cpu_speed:.2f}",
+            f"{one.peak_memory / 1e6:.0f}",
+        )
+    Console(width=120).print(table)
+    print('Speeds are tokens per second as a ratio to plain litdata. "again" is the control. Peak: of all processes.')

@@ -1,0 +1,1 @@
+"""Which document is this? Tokens to an int32 ID; which documents are edited copies of each other."""

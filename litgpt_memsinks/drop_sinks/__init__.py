@@ -1,0 +1,1 @@
+"""What does the released model hold? Plain weights, for LitGPT and for transformers."""

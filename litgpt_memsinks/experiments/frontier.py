@@ -1,0 +1,248 @@
+"""How much is forgotten at which validation loss? Settings of the sinks, trained on a finished demo's streams.
+
+    litgpt-memsinks frontier --demo runs/demo --out_dir runs/frontier
+
+Each setting differs from the demo's arms in ``data.sinks`` and in the ID noise of its stream only, so it is set against
+the demo's own ``standard`` and ``left_out`` runs of the same seed. The tables of ``docs/frontier.md`` are its output.
+"""
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from litgpt_memsinks.errors import MemSinksError
+from litgpt_memsinks.evaluate.battery import Kept, Measured, Plan, measure
+from litgpt_memsinks.evaluate.results import compare, extracted
+from litgpt_memsinks.evaluate.subject import Asked, Role, Subject, ask_prepared
+from litgpt_memsinks.experiments.demo import (
+    EMBEDDED_BLOCK,
+    MICRO_BATCH,
+    OWN_BLOCK,
+    RELEARNED,
+    RELEARNING_STEPS,
+    REPEATED_DOCUMENTS,
+    REPEATS,
+    pretrain_command,
+    run_dir,
+)
+from litgpt_memsinks.files import write_json
+from litgpt_memsinks.prepare.manifest import MANIFEST, Manifest
+from litgpt_memsinks.prepare.prepare import prepare
+
+PARTS = ("losses", "extraction", "relearning")
+ARM = "memsinks"
+"""The demo's recipe whose sinks a setting replaces."""
+REFERENCES: dict[str, Role] = {"standard": "standard", "left_out": "left_out"}
+
+
+@dataclass
+class Setting:
+    """One row of the scan."""
+
+    name: str
+    """Of the row, and of the folder of its runs"""
+    sinks: dict[str, Any] = field(default_factory=dict)
+    """What ``data.sinks`` has besides or instead of what the recipe ``memsinks`` of the demo says"""
+    id_noise: float = 0.0
+    """Share of the occurrences of repeated documents that get a random ID in training"""
+
+
+@dataclass
+class Found:
+    """What one model shows, its sinks dropped unless said. Losses in nats per token."""
+
+    name: str
+    seed: int
+    validation: float
+    validation_change: float
+    """Relative, against standard training"""
+    repeated: float
+    own: float
+    """The repeated documents' loss with their own sinks on"""
+    placebo: float
+    """The same with another document's sinks on"""
+    gap_closed: float
+    extracted: float
+    """Share of the repeated documents whose tokens 33 to 64 come back from the first 32"""
+    relearned: float
+    """By how much the loss of other repeated documents falls while a few are relearnt"""
+
+
+def frontier(
+    demo: Path = Path("runs/demo"),
+    settings: Path = Path("recipes/frontier/settings.yaml"),
+    out_dir: Path = Path("runs/frontier"),
+    recipes: Path = Path("recipes/demo"),
+    seeds: int = 1,
+    only: str = "",
+) -> None:
+    """Train settings of the sinks on a finished demo's streams and say what each forgets at which validation loss.
+
+    One training at a time. What is finished is not redone.
+
+    Args:
+        demo: Folder of a finished `litgpt-memsinks demo` with as many seeds.
+        settings: YAML list of settings: name, sinks, id_noise.
+        out_dir: Folder for runs, noisy streams and found.json.
+        recipes: Folder of the demo's recipes.
+        seeds: Number of training seeds.
+        only: Names of the settings to run, with commas between them; all by default.
+
+    Raises:
+        MemSinksError: If the demo is not finished, the settings are not a list of such, or a training run fails.
+    """
+    chosen = read_settings(settings, only)
+    _check(demo, recipes, seeds)
+    block_size = EMBEDDED_BLOCK if _corpus(demo) is None else OWN_BLOCK
+    asked = ask_prepared(demo / "data" / "stream", None)
+    rows: list[Found] = []
+    for setting in chosen:
+        for seed in range(1, seeds + 1):
+            stream = _stream(demo, out_dir, setting.id_noise)
+            train(setting, stream, out_dir, recipes / f"{ARM}.yaml", seed, block_size)
+            rows.append(look(setting, demo, out_dir, seed, asked, block_size))
+            print(_row(rows[-1]), flush=True)
+    write_json(out_dir / "found.json", [asdict(row) for row in rows])
+    print("\n" + table(rows))
+
+
+def read_settings(path: Path, only: str = "") -> list[Setting]:
+    """The settings of a file, those named in ``only`` if any.
+
+    Raises:
+        MemSinksError: If it is not a list of settings with different names, or lacks one that is asked for.
+    """
+    content: Any = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    try:
+        settings = [Setting(**one) for one in content]
+    except TypeError as error:
+        raise MemSinksError(
+            f"{str(path)!r} is no list of settings with name, sinks and id_noise ({error}). Give one such as "
+            "recipes/frontier/settings.yaml."
+        ) from error
+    names = [setting.name for setting in settings]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise MemSinksError(f"{str(path)!r} has {twice[0]!r} more than once. Give each setting a name of its own.")
+    wanted = only.split(",") if only else names
+    if missing := [name for name in wanted if name not in names]:
+        raise MemSinksError(f"{str(path)!r} has no setting {missing[0]!r}. It has: {', '.join(names)}.")
+    return [setting for setting in settings if setting.name in wanted]
+
+
+def _check(demo: Path, recipes: Path, seeds: int) -> None:
+    if seeds < 1:
+        raise MemSinksError(f"seeds is {seeds}, but it must be at least 1.")
+    for seed in range(1, seeds + 1):
+        for arm in REFERENCES:
+            if not (run_dir(demo, arm, seed) / "final" / "model_config.yaml").is_file():
+                raise MemSinksError(
+                    f"{str(demo)!r} has no finished run {arm} of seed {seed}. Run litgpt-memsinks demo "
+                    f"--seeds {seeds} first (make demo SEEDS={seeds})."
+                )
+    if not (recipes / f"{ARM}.yaml").is_file():
+        raise MemSinksError(f"{str(recipes)!r} lacks {ARM}.yaml. Run this in the repository, or give --recipes DIR.")
+
+
+def _corpus(demo: Path) -> str | None:
+    """The corpus of a demo; ``None`` if that is the embedded one."""
+    corpus = json.loads((demo / "demo.json").read_text(encoding="utf-8"))["corpus"]
+    assert corpus is None or isinstance(corpus, str)  # as `demo` writes it
+    return corpus
+
+
+def _stream(demo: Path, out_dir: Path, id_noise: float) -> Path:
+    """The demo's stream, or the same documents with a random ID at some occurrences of the repeated ones."""
+    if not id_noise:
+        return demo / "data" / "stream"
+    folder = out_dir / "data" / f"id_noise_{id_noise:g}"
+    if not (folder / MANIFEST).is_file():
+        prepare(
+            train=demo / "corpus" / "train.jsonl",
+            validation=demo / "corpus" / "validation.jsonl",
+            out_dir=folder,
+            tokenizer_dir=demo / "tokenizer",
+            repeated_documents=REPEATED_DOCUMENTS,
+            repeats=REPEATS,
+            id_noise=id_noise,
+        )
+    return folder
+
+
+def train(setting: Setting, stream: Path, out_dir: Path, recipe: Path, seed: int, block_size: int) -> None:
+    """Run the stock `litgpt pretrain` for one pass over the stream, unless that is done; its output is ``train.log``.
+
+    Raises:
+        MemSinksError: If it fails; the message has the end of its log.
+    """
+    folder = run_dir(out_dir, setting.name, seed)
+    if (folder / "final" / "model_config.yaml").is_file():  # written last
+        return
+    tokens = Manifest.read(stream).splits["train"].tokens
+    steps = tokens // (MICRO_BATCH * (block_size + 1))
+    command = pretrain_command(recipe, stream, folder, seed, block_size, steps * MICRO_BATCH * block_size)
+    for name, value in setting.sinks.items():
+        command += [f"--data.sinks.{name}", value if isinstance(value, str) else json.dumps(value)]
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "train.log"
+    with open(log, "w", encoding="utf-8") as output:
+        output.write(" ".join(command) + "\n")
+        output.flush()
+        done = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | {"COLUMNS": "200"})
+    if done.returncode:
+        end = "\n".join(log.read_text(encoding="utf-8").splitlines()[-10:])
+        raise MemSinksError(f"Training {setting.name!r} failed with status {done.returncode}; {log} ends:\n{end}")
+
+
+def look(setting: Setting, demo: Path, out_dir: Path, seed: int, asked: Asked, block_size: int) -> Found:
+    """Measure one run beside the demo's references; what was measured before is not redone."""
+    plan = Plan(PARTS, block_size, relearn_documents=(RELEARNED,), relearn_steps=RELEARNING_STEPS)
+    subjects = [Subject.at(arm, run_dir(demo, arm, seed) / "final", role) for arm, role in REFERENCES.items()]
+    subjects.append(Subject.at(setting.name, run_dir(out_dir, setting.name, seed) / "final"))
+    kept = Kept(out_dir / "measured")
+    arms = {one.arm: measure(one, asked, plan, "cpu", kept, allow_wrong_map=True) for one in subjects}
+    (row,) = (row for row in compare([arms]) if row.arm == setting.name)
+    return Found(
+        setting.name,
+        seed,
+        row.validation[0],
+        row.validation_change[0],
+        row.repeated[0],
+        row.own[0],
+        row.placebo[0],
+        row.gap_closed[0],
+        extracted(arms[setting.name], "dropped"),
+        relearned(arms[setting.name]),
+    )
+
+
+def relearned(measured: Measured) -> float:
+    """Nats per token by which the loss of other repeated documents falls while a few are relearnt."""
+    (run,) = measured.found["relearning"]["runs"]
+    return float(run["other"][0] - run["other"][-1])
+
+
+def _row(found: Found) -> str:
+    return (
+        f"| {found.name} | {found.seed} | {found.validation:.3f} | {found.validation_change:+.1%} | "
+        f"{found.repeated:.3f} | {found.own:.3f} | {found.placebo:.3f} | "
+        f"{found.gap_closed:.1%} | {found.extracted:.0%} | {found.relearned:.3f} |"
+    )
+
+
+def _lines(rows: list[Found]) -> Iterator[str]:
+    names = ["setting", "seed", "validation", "vs standard", "repeated", "own sinks", "placebo", "gap closed"]
+    names += ["extracted", "relearned"]
+    yield f"| {' | '.join(names)} |"
+    yield "|---" * len(names) + "|"
+    yield from map(_row, rows)
+
+
+def table(rows: list[Found]) -> str:
+    """The rows as Markdown."""
+    return "\n".join(_lines(rows))

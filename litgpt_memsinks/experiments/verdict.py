@@ -1,0 +1,76 @@
+"""Does what the paper says hold here? Pure functions from numbers, one per seed, to a verdict."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from litgpt_memsinks.evaluate.bootstrap import Bootstrap
+from litgpt_memsinks.experiments.declared import Check
+
+Outcome = Literal["holds", "does not hold", "undecided", "not measured"]
+Verdict = Literal["reproduced", "not at this scale", "differs", "not measured"]
+
+MEANING: dict[Verdict, str] = {
+    "reproduced": "every relation holds, in the interval over seeds if there are several",
+    "not at this scale": "a relation holds for some seeds and not for others: the effect does not show here",
+    "differs": "a relation does not hold, in the interval over seeds if there are several",
+    "not measured": "a run or a measurement is missing",
+}
+
+
+def margin(left: float, relation: Literal["above", "below"], right: float) -> float:
+    """By how much a relation holds; negative if it does not; NaN if a side is."""
+    return left - right if relation == "above" else right - left
+
+
+def outcome(margins: Sequence[float], boot: Bootstrap) -> tuple[Outcome, float | None, float | None]:
+    """Whether a relation holds, and the interval of its margin's mean over seeds.
+
+    Args:
+        margins: One for each seed, see ``margin``.
+        boot: How the interval is drawn; a single seed has none, and its sign decides.
+    """
+    if not margins or any(math.isnan(value) for value in margins):
+        return "not measured", None, None
+    found = boot.mean(margins)
+    low, high = found["low"], found["high"]
+    ends = (found["value"],) * 2 if low is None or high is None else (low, high)
+    if ends[0] > 0:
+        return "holds", low, high
+    return ("does not hold" if ends[1] <= 0 else "undecided"), low, high
+
+
+def check_row(check: Check, left: Sequence[float], right: Sequence[float], boot: Bootstrap) -> dict[str, Any]:
+    """A check with what was found.
+
+    Args:
+        check: What was expected.
+        left: The measure of its arm, one for each seed.
+        right: What it is compared with, before the factor.
+        boot: How intervals are drawn.
+    """
+    bounds = [check.times * value for value in right]
+    margins = [margin(a, check.relation, b) for a, b in zip(left, bounds, strict=True)]
+    result, low, high = outcome(margins, boot)
+    return {
+        "says": check.says,
+        "measure": check.measure,
+        "arm": check.arm,
+        "relation": check.relation,
+        "than": check.than,
+        "times": check.times,
+        "paper": check.paper or None,
+        "left": list(left),
+        "right": bounds,
+        "margin": {"per_seed": margins, "low": low, "high": high},
+        "outcome": result,
+    }
+
+
+def verdict(outcomes: Sequence[Outcome]) -> Verdict:
+    """What the checks of an experiment come to."""
+    if "does not hold" in outcomes:
+        return "differs"
+    if "not measured" in outcomes or not outcomes:
+        return "not measured"
+    return "not at this scale" if "undecided" in outcomes else "reproduced"

@@ -1,0 +1,1 @@
+"""How does `litgpt pretrain` train with sinks? Launching, watching, saving, resuming, signals."""

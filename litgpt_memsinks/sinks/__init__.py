@@ -1,0 +1,1 @@
+"""What is a sink? (ID, neuron) to on or off."""

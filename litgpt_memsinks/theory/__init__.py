@@ -1,0 +1,1 @@
+"""Do the paper's theorems hold? Linear toy models against the printed bounds."""
