@@ -456,7 +456,8 @@ os.register_at_fork(before=lambda: forks.append(1), after_in_child=lambda: time.
 @pytest.mark.parametrize("slow", [SLOW_READING, SLOW_WRITING, SLOW_START], ids=["reading", "writing", "starting"])
 def test_interrupt_is_one_word(tmp_path: Path, corpus_dir: Path, tokenizer_dir: Path, slow: str) -> None:
     corpus = write_files(tmp_path / "c", {name: read_jsonl(corpus_dir / "train.jsonl") for name in "abc"})
-    code = f"import time\nfrom litgpt_memsinks import __main__, tokenizing\n{slow}\n__main__.main()"
+    imports = "import time\nfrom litgpt_memsinks import __main__\nfrom litgpt_memsinks.prepare import tokenizing"
+    code = f"{imports}\n{slow}\n__main__.main()"
     settings = {"train": corpus, "tokenizer_dir": tokenizer_dir, "out_dir": tmp_path / "out", "chunk_bytes": 8192}
     flags = [f"--{name}={value}" for name, value in {**settings, "num_workers": 2}.items()]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
@@ -471,8 +472,7 @@ def test_interrupt_is_one_word(tmp_path: Path, corpus_dir: Path, tokenizer_dir: 
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         assert process.stdout is not None
-        while "busy" not in process.stdout.readline():
-            pass
+        assert any("busy" in line for line in process.stdout)
         os.killpg(process.pid, signal.SIGINT)
         _, error = process.communicate(timeout=60)
     assert "Traceback" not in error

@@ -17,6 +17,7 @@ from helpers import read_stream
 from hypothesis import given
 from hypothesis import strategies as st
 from litdata import StreamingDataset, TokensLoader
+from litdata.processing import data_processor
 from planned import write_files
 
 from litgpt_memsinks.corpus.embedded import stories
@@ -242,3 +243,21 @@ def test_interrupts_are_left_as_they_were(written: Written, tmp_path: Path) -> N
     before = signal.getsignal(signal.SIGINT)
     written.write(tmp_path, 1)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_interrupt_waits_while_a_worker_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python prints and loses an exception that is raised between its steps of a fork."""
+    steps: list[str] = []
+
+    def start(worker: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        steps.append("started")
+
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", start)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), writing._workers_end_with_us():
+            object.__new__(data_processor.DataWorkerProcess).start()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert steps == ["started"]

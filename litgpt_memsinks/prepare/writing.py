@@ -147,10 +147,25 @@ def _workers_end_with_us() -> Iterator[None]:
     from litdata.processing import data_processor
 
     handler, process, others = signal.getsignal(signal.SIGINT), os.getpid(), set(multiprocessing.active_children())
+    starting: list[multiprocessing.Process] = []
+    waiting: list[int] = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        if os.getpid() == process and callable(handler):  # forked workers inherit this, and leave it to us
+        if os.getpid() != process or not callable(handler):  # forked workers inherit this, and leave it to us
+            return
+        if starting:  # an exception from Python's own functions around a fork would be printed and lost
+            waiting.append(number)
+        else:
             handler(number, frame)
+
+    def start(worker: multiprocessing.Process) -> None:
+        starting.append(worker)
+        try:
+            super(data_processor.DataWorkerProcess, worker).start()
+        finally:
+            starting.remove(worker)
+        if waiting:
+            interrupt(waiting.pop(), None)
 
     changes = callable(handler) and threading.current_thread() is threading.main_thread()
     if changes:
@@ -158,6 +173,7 @@ def _workers_end_with_us() -> Iterator[None]:
     try:
         with contextlib.ExitStack() as patches:
             patches.enter_context(mock.patch.object(data_processor, "signal"))
+            patches.enter_context(mock.patch.object(data_processor.DataWorkerProcess, "start", start))
             for owner, name in [
                 (data_processor.DataWorkerProcess, "run"),
                 (data_processor, "_upload_fn"),  # a worker's own processes
