@@ -102,7 +102,7 @@ def allocated(events: Any) -> list[int]:
 def test_parameters_are_those_of_stock_litgpts_models(recipe: Path) -> None:
     count = planned(recipe)["parameters"]
     settings = parse_pretrain(["--config", str(recipe)])
-    plain = Config.from_name(settings["model_name"])
+    plain = settings["model_config"] or Config.from_name(settings["model_name"])
     sinks = MemSinksConfig.from_base(plain, settings["data"].sinks)
     with torch.device("meta"):
         whole, released = BaseGPT(plain), BaseGPT(replace(plain, intermediate_size=sinks.n_shared))
