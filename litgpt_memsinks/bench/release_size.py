@@ -35,6 +35,11 @@ from litgpt_memsinks.model.model import GPT
 MOST_MEMORY, MOST_TIME = 1.2, 3.0
 """What must hold: anonymous memory over the output's size, and time over that of copying the input."""
 COMMANDS = ("drop_sinks", "export_hf")
+MODULES = {
+    "copy_weights": "litgpt_memsinks.bench.release_size",
+    **{command: f"litgpt_memsinks.drop_sinks.{command}" for command in COMMANDS},
+}
+"""Where what is run in a process of its own is"""
 OPTIONS = {"drop_sinks": ", certificate=False"}
 """The certificate reads both checkpoints once more; what that costs is in ``docs/certificate.md``"""
 MOMENTS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -42,7 +47,7 @@ MOMENTS = (0.1, 0.3, 0.5, 0.7, 0.9)
 _COMMAND = """
 import json, sys, time
 from pathlib import Path
-from litgpt_memsinks.{command} import {command}
+from {module} import {command}
 started = time.perf_counter()
 print("started", flush=True)
 {command}(Path(sys.argv[1]), Path(sys.argv[2]){options})
@@ -129,20 +134,16 @@ def make_checkpoint(config: MemSinksConfig, folder: Path) -> None:
     save_config(config, folder)
 
 
-def _copy(file: Path, target: Path) -> float:
-    """Seconds of copying a file, until it is on disk."""
+def copy_weights(checkpoint_dir: Path, target: Path) -> None:
+    """Copy a checkpoint's file into a new folder, until it is on disk."""
     target.mkdir()
-    started = time.perf_counter()
-    shutil.copyfile(file, target / file.name)
+    shutil.copyfile(checkpoint_dir / WEIGHTS, target / WEIGHTS)
     fsync_tree(target)
-    seconds = time.perf_counter() - started
-    shutil.rmtree(target)
-    return seconds
 
 
 def _start(command: str, checkpoint_dir: Path, target: Path) -> subprocess.Popen[str]:
     """Start a command and wait until it begins its work."""
-    code = _COMMAND.format(command=command, options=OPTIONS.get(command, ""))
+    code = _COMMAND.format(command=command, module=MODULES[command], options=OPTIONS.get(command, ""))
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(checkpoint_dir), str(target)], stdout=subprocess.PIPE, text=True
     )
@@ -153,22 +154,12 @@ def _start(command: str, checkpoint_dir: Path, target: Path) -> subprocess.Popen
 
 
 def _measure(command: str, checkpoint_dir: Path, out_dir: Path, repeats: int) -> Released:
-    copies, times, peaks, target = [], [], [], out_dir / command
+    copies, times, peaks = [], [], []
     for _ in range(repeats):
-        copies.append(_copy(checkpoint_dir / WEIGHTS, out_dir / "copy"))
-        process = _start(command, checkpoint_dir, target)
-        peak = 0
-        while process.poll() is None:
-            peak = max(peak, _anonymous(process.pid))
-            time.sleep(0.005)
-        assert process.stdout is not None  # asked for
-        lines = process.stdout.read().splitlines()
-        if process.returncode:
-            raise MemSinksError(f"{command} failed with status {process.returncode}; see above.")
-        times.append(json.loads(lines[-1]))
+        copies.append(_timed("copy_weights", checkpoint_dir, out_dir / "copy")[0])
+        own, peak, size = _timed(command, checkpoint_dir, out_dir / command)
+        times.append(own)
         peaks.append(peak)
-        size = sum(path.stat().st_size for path in target.iterdir())
-        shutil.rmtree(target)
     seconds = statistics.median(times)
     return Released(
         command=command,
@@ -180,6 +171,29 @@ def _measure(command: str, checkpoint_dir: Path, out_dir: Path, repeats: int) ->
         memory=max(peaks) / size,
         killed=[_kill(command, checkpoint_dir, out_dir, seconds * moment) for moment in MOMENTS],
     )
+
+
+def _timed(command: str, checkpoint_dir: Path, target: Path) -> tuple[float, int, int]:
+    """Run a command in a process of its own, and remove what it writes.
+
+    Copying, too: a virtual machine's memory is slow to write to until it was used a moment ago, as it was by whatever
+    has just been removed. Starting Python takes longer than that lasts, for all alike.
+
+    Returns:
+        Seconds, its anonymous memory at the worst moment in bytes, and the size of its files in bytes.
+    """
+    process = _start(command, checkpoint_dir, target)
+    peak = 0
+    while process.poll() is None:
+        peak = max(peak, _anonymous(process.pid))
+        time.sleep(0.005)
+    assert process.stdout is not None  # asked for
+    lines = process.stdout.read().splitlines()
+    if process.returncode:
+        raise MemSinksError(f"{command} failed with status {process.returncode}; see above.")
+    size = sum(path.stat().st_size for path in target.iterdir())
+    shutil.rmtree(target)
+    return json.loads(lines[-1]), peak, size
 
 
 def _anonymous(process: int) -> int:
