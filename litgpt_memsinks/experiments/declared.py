@@ -142,6 +142,21 @@ GRADIENT_MASKS = tuple(
 )
 PRUNING = Localised("hard_concrete", "hard_concrete", "standard")
 GRADIENTS = Localised("integrated_gradients", "integrated_gradients", "standard")
+WITH_CANARIES = (
+    STANDARD,
+    LEFT_OUT_ARM,
+    Arm("standard_canary", "standard", CANARY, standard="standard_canary"),
+    replace(LEFT_OUT_ARM, name="left_out_canary", standard="standard_canary"),
+)
+"""Figures 2a and 2b: natural text against canaries, both asked of models that were trained on them"""
+NATURAL_STAYS = (
+    Check(
+        "more of the canaries than of natural text is forgotten at that price",
+        *("forgotten", "canary", "above", "natural"),
+    ),
+    Check("natural text is not wholly forgotten at that price", "forgotten", "natural", "below", 0.9),
+)
+ASKED_OF_CANARIES = (("standard_canary", "standard_canary"), ("left_out_canary", "standard_canary"))
 
 
 def _activations() -> tuple[Arm, ...]:
@@ -228,15 +243,10 @@ _ALL = (
             "The share forgotten is counted from standard training's loss (0%) to that of a model that never saw the "
             "documents (100%), at the most for a validation loss that is 5% higher."
         ),
-        arms=(STANDARD, LEFT_OUT_ARM, Arm("standard_canary", "standard", CANARY, standard="standard_canary"),
-              replace(LEFT_OUT_ARM, name="left_out_canary", standard="standard_canary")),
+        arms=WITH_CANARIES,
         localised=(replace(PRUNING, name="natural"), replace(PRUNING, name="canary", arm="standard_canary")),
-        checks=(
-            Check("more of the canaries than of natural text is forgotten at that price", "forgotten", "canary",
-                  "above", "natural"),
-            Check("natural text is not wholly forgotten at that price", "forgotten", "natural", "below", 0.9),
-        ),
-        asked_of=(("standard_canary", "standard_canary"), ("left_out_canary", "standard_canary")),
+        checks=NATURAL_STAYS,
+        asked_of=ASKED_OF_CANARIES,
         table=("validation", "repeated"),
         pictures=("frontier",),
     ),
@@ -247,15 +257,10 @@ _ALL = (
             "Integrated gradients cost less validation loss than pruning, remove canaries well, and natural text badly."
         ),
         comment="As in Figure 2a; the same models.",
-        arms=(STANDARD, LEFT_OUT_ARM, Arm("standard_canary", "standard", CANARY, standard="standard_canary"),
-              replace(LEFT_OUT_ARM, name="left_out_canary", standard="standard_canary")),
+        arms=WITH_CANARIES,
         localised=(replace(GRADIENTS, name="natural"), replace(GRADIENTS, name="canary", arm="standard_canary")),
-        checks=(
-            Check("more of the canaries than of natural text is forgotten at that price", "forgotten", "canary",
-                  "above", "natural"),
-            Check("natural text is not wholly forgotten at that price", "forgotten", "natural", "below", 0.9),
-        ),
-        asked_of=(("standard_canary", "standard_canary"), ("left_out_canary", "standard_canary")),
+        checks=NATURAL_STAYS,
+        asked_of=ASKED_OF_CANARIES,
         table=("validation", "repeated"),
         pictures=("frontier",),
     ),

@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -121,22 +121,13 @@ EMBEDDED = Scale(
 )
 """The demo's sizes on its embedded stories."""
 
-OWN = Scale(
+OWN = replace(
+    EMBEDDED,
     name="cpu",
     once=OWN_DOCUMENTS,
-    repeated=32,
-    repeats=96,
-    canary_tokens=32,
-    rare=64,
-    rare_repeats=24,
-    documents=9000,
     block_size=OWN_BLOCK,
     tokens_per_document=271,
     minutes_per_localisation={"hard_concrete": 10, "integrated_gradients": 4},
-    minutes_per_million_tokens={"": 1.8, "small": 1.2, "large": 4.5},
-    settings=_WATCHED,
-    sink_settings=(),
-    sizes=_SIZES,
 )
 """The demo's sizes on a corpus of JSON lines."""
 
