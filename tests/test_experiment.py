@@ -245,8 +245,8 @@ def test_list_names_every_experiment_with_its_cost(capsys):
     rows = {cells[1]: cells for line in capsys.readouterr().out.splitlines() if len(cells := line.split("│")) > 3}
     cells = {name.strip(): [cell.strip() for cell in row[3:7]] for name, row in rows.items()}
     assert list(cells) == [*NAMES, "all"]
-    assert cells["fig4"][:2] == ["4", "8"]
-    tokens = 2 * (3 * (4500 + 32 * 96) + 4500) * 101 / 1e6
+    assert cells["fig4"][:2] == ["6", "12"]
+    tokens = 2 * (5 * (4500 + 32 * 96) + 4500) * 101 / 1e6
     assert cells["fig4"][2] == f"{tokens:.1f}M"
     assert int(cells["all"][1]) < sum(int(cells[name][1]) for name in NAMES if name.startswith("fig"))  # shared
     assert cells["thm_forgetting"] == ["–", "–", "–", "seconds"]

@@ -99,7 +99,7 @@ def by_brute_force(
         # sgtm: other tokens run without the memorisation neurons; only parameters of repeated ones are masked
         zeroed = memory if method == "mask_sgtm" and not repeats else None
         inputs[at], found = one_token(mlp, x[at], upstream[at], zeroed)
-        if method != "mask_sgtm":  # the gradient does not pass through neurons that may not learn
+        if method == "mask_cloud":  # the gradient does not pass through neurons that may not learn
             inputs[at] = one_token(mlp, x[at], upstream[at], forbidden)[0]
         for name, gradient in found.items():
             if name == "proj.bias":
@@ -124,6 +124,50 @@ def test_gradients_equal_those_of_each_token_alone(method: str, name: str) -> No
     assert set(names) == set(expected)
     torch.testing.assert_close(own, inputs)
     for name_, gradient in zip(names, found, strict=True):
+        torch.testing.assert_close(gradient, expected[name_], msg=lambda text, name_=name_: f"{name_}: {text}")
+
+
+def masked_by_hooks(model: litgpt.GPT, repeated: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Makes the backward pass of a stock model add up, over tokens, what each MLP parameter may learn from each.
+
+    Returns:
+        Name of a weight or bias of a neuron to its gradient, filled in by the backward pass.
+    """
+    found: dict[str, torch.Tensor] = {}
+    m = repeated.unsqueeze(-1) == (torch.arange(N) >= N_SHARED)
+
+    def watch(name: str, layer: torch.nn.Linear) -> None:
+        seen: list[torch.Tensor] = []
+        projects = name.endswith(".proj")
+        layer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
+
+        def add_up(module: torch.nn.Module, inputs: object, outputs: tuple[torch.Tensor]) -> None:
+            learnt, x = (outputs[0], seen[0] * m) if projects else (outputs[0] * m, seen[0])
+            found[f"{name}.weight"] = torch.einsum("bto,bti->oi", learnt, x)
+            found[f"{name}.bias"] = learnt.sum((0, 1))
+
+        layer.register_full_backward_hook(add_up)
+
+    for name, module in model.named_modules():
+        if ".mlp." in name and isinstance(module, torch.nn.Linear):
+            watch(name, module)
+    return found
+
+
+@mlps
+def test_exact_masks_the_parameters_of_a_whole_model_and_nothing_else(name: str) -> None:
+    """All other parameters, in the layers below, too, learn as if nothing were masked."""
+    model = masked("mask_exact", mlp_class_name=name)
+    plain = stock(model, mlp_class_name=name)
+    by_token = masked_by_hooks(plain, REPEATED)
+    row, ids = tokens(2, 5), torch.where(REPEATED, -5, 7)
+    for logits in (model(torch.stack((row, ids), dim=-1)), plain(row)):
+        F.cross_entropy(logits[:, :-1].flatten(0, 1), row[:, 1:].flatten()).backward()
+    expected = {name_: parameter.grad for name_, parameter in plain.named_parameters()} | by_token
+    found = {name_: parameter.grad for name_, parameter in model.named_parameters()}
+    assert set(found) == set(expected)
+    assert len(by_token) == 2 * len(plain.transformer.h) * (2 if name == "GptNeoxMLP" else 3)
+    for name_, gradient in found.items():
         torch.testing.assert_close(gradient, expected[name_], msg=lambda text, name_=name_: f"{name_}: {text}")
 
 

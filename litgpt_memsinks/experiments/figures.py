@@ -60,6 +60,10 @@ def _sweep(one: Experiment, found: Sequence[Found]) -> Chart:
     return Chart("sweep", "Sinks dropped", "", Axis(one.sweep), Axis(LOSS), series)
 
 
+MOST_PRICE = 1.0
+"""Of a trained model in the picture of the frontier, which would show nothing else beside a broken one"""
+
+
 def _frontier(one: Experiment, found: Sequence[Found]) -> Chart:
     """What is forgotten, and at which price: localisations as lines, trained arms as points; one for each seed."""
     series = []
@@ -72,12 +76,13 @@ def _frontier(one: Experiment, found: Sequence[Found]) -> Chart:
                     series.append(Series(localised.name, x, y, slot, kind="line"))
     for slot, arm in enumerate((arm for arm in one.arms if arm.recipe != "standard"), len(one.localised)):
         pairs = [(value(seed, "validation_change", arm.name), value(seed, "gap_closed", arm.name)) for seed in found]
-        pairs = [pair for pair in pairs if all(map(math.isfinite, pair))]
+        pairs = [pair for pair in pairs if all(map(math.isfinite, pair)) and pair[0] <= MOST_PRICE]
         if pairs:
             x, y = map(list, zip(*pairs, strict=True))
             series.append(Series(arm.name, x, y, slot))
     x_axis = Axis("validation loss: rise against before", percent=True)
-    return Chart("frontier", "Forgotten, and its price", "", x_axis, Axis("share forgotten", percent=True), series)
+    note = f"Trained models that cost more than {MOST_PRICE:.0%} are in the table only."
+    return Chart("frontier", "Forgotten, and its price", note, x_axis, Axis("share forgotten", percent=True), series)
 
 
 def _losses(one: Experiment, found: Sequence[Found]) -> Chart:

@@ -113,8 +113,8 @@ EMBEDDED = Scale(
     documents=9000,
     block_size=EMBEDDED_BLOCK,
     tokens_per_document=101,
-    minutes_per_localisation={"hard_concrete": 4, "integrated_gradients": 1},
-    minutes_per_million_tokens={"": 1.8, "small": 1.2, "large": 4.5},
+    minutes_per_localisation={"hard_concrete": 2, "integrated_gradients": 1},
+    minutes_per_million_tokens={"": 1.3, "small": 0.9, "large": 3.2},
     settings=_WATCHED,
     sink_settings=(),
     sizes=_SIZES,
@@ -127,7 +127,7 @@ OWN = replace(
     once=OWN_DOCUMENTS,
     block_size=OWN_BLOCK,
     tokens_per_document=271,
-    minutes_per_localisation={"hard_concrete": 10, "integrated_gradients": 4},
+    minutes_per_localisation={"hard_concrete": 5, "integrated_gradients": 4},
 )
 """The demo's sizes on a corpus of JSON lines."""
 

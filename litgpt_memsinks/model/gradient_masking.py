@@ -5,10 +5,12 @@ memorisation neurons. Tokens of repeated documents (the sign bit of their sequen
 memorisation neurons only, all other tokens those of generalisation neurons only. Attention, embeddings and norms learn
 from every token. Dropping and evaluation are those of sinks that are on for every document (p = 1).
 
-With ``h`` a token's hidden activations (after the gating), ``P`` the down-projection, ``m`` 1 where a neuron may learn
-from the token, and ``[ ]`` for what is a constant to the backward pass:
+With ``x`` a token's input, ``W`` the weights before the activation, ``h = a(W x)`` its hidden activations (after the
+gating), ``P`` the down-projection, ``m`` 1 where a neuron may learn from the token, and ``[ ]`` for what is a constant
+to the backward pass:
 
-    mask_exact   y = P m h + [P (1 - m) h]    a neuron's weights, in and out, learn from its own tokens only
+    mask_exact   h = a(m W x + (1 - m) [W] x),  y = P m h + [P] (1 - m) h
+                                              a neuron's weights, in and out, learn from its own tokens only
     mask_cloud   y = P (m h + (1 - m) [h])    as in Cloud et al., arXiv 2410.04332: the activations are cut off, so that
                                               only the weights before them are masked, and P learns from every token
     mask_sgtm    see `sgtm`                   Selective gradient masking, arXiv 2512.05648
@@ -16,8 +18,9 @@ from the token, and ``[ ]`` for what is a constant to the backward pass:
 The first two run with all neurons on, whatever the token. What counts is the token at whose position a neuron fires: a
 later token whose loss reaches it through attention changes what this position's document allows.
 
-A constant also keeps the gradient from the layers below, where it came through a neuron that may not learn. `sgtm`
-masks the gradients of parameters alone and lets it through.
+`mask_exact` and `sgtm` mask the gradients of parameters alone. `cloud` cuts activations, and so keeps the gradient from
+the layers below, too, where it came through a neuron that may not learn: those are then trained for a part of what the
+model computes.
 """
 
 from collections.abc import Callable
@@ -49,19 +52,22 @@ def learns(repeated: torch.Tensor, n_shared: int, n_sink: int) -> torch.Tensor:
 
 
 def exact(mlp: SinkMLP, x: torch.Tensor, repeated: torch.Tensor) -> torch.Tensor:
-    """Equal to masking the gradients of the MLP's parameters token by token (Sec. 4.1, App. F: the projection, too).
+    """Masks the gradients of the MLP's parameters, and no other, token by token (Sec. 4.1, App. F).
 
-    The projection's bias belongs to no neuron and learns from every token.
+    The projection's bias belongs to no neuron and learns from every token. Takes twice the MLP's arithmetic forward, of
+    which a compiler may share what is computed twice.
     """
-    hidden, m = _hidden(mlp, x), learns(repeated, mlp.config.n_shared, mlp.config.n_sink)
+    m = learns(repeated, mlp.config.n_shared, mlp.config.n_sink)
+    hidden = _activation(mlp, [torch.where(m, layer(x), _constant(layer, x)) for layer in _layers(mlp)])
     # `where`, because multiplying by the mask turns an infinity into NaN
-    constant = F.linear(torch.where(m, 0.0, hidden.detach()), mlp.proj.weight.detach())
-    return mlp.proj(torch.where(m, hidden, 0.0)) + constant
+    others = F.linear(torch.where(m, 0.0, hidden), mlp.proj.weight.detach())
+    return mlp.proj(torch.where(m, hidden, 0.0)) + others
 
 
 def cloud(mlp: SinkMLP, x: torch.Tensor, repeated: torch.Tensor) -> torch.Tensor:
     """Cloud et al.'s gradient routing: exact for the weights before the activation, none for the projection."""
-    hidden, m = _hidden(mlp, x), learns(repeated, mlp.config.n_shared, mlp.config.n_sink)
+    m = learns(repeated, mlp.config.n_shared, mlp.config.n_sink)
+    hidden = _activation(mlp, [layer(x) for layer in _layers(mlp)])
     return mlp.proj(torch.where(m, hidden, hidden.detach()))
 
 
@@ -95,6 +101,11 @@ def _frozen(weight: torch.Tensor, n: int, dim: int = 0) -> torch.Tensor:
     return torch.cat((weight.narrow(dim, 0, n).detach(), weight.narrow(dim, n, weight.size(dim) - n)), dim)
 
 
+def _constant(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    """What the layer yields, with its parameters as constants."""
+    return F.linear(x, layer.weight.detach(), None if layer.bias is None else layer.bias.detach())
+
+
 def _layers(mlp: SinkMLP) -> tuple[nn.Linear, ...]:
     return (mlp.fc,) if isinstance(mlp, model.GptNeoxMLP) else (mlp.fc_1, mlp.fc_2)
 
@@ -104,10 +115,6 @@ def _activation(mlp: SinkMLP, inputs: list[torch.Tensor]) -> torch.Tensor:
     if isinstance(mlp, model.GptNeoxMLP):
         return F.gelu(inputs[0], approximate=mlp.config.gelu_approximate)
     return mlp.activation(*inputs)
-
-
-def _hidden(mlp: SinkMLP, x: torch.Tensor) -> torch.Tensor:
-    return _activation(mlp, [layer(x) for layer in _layers(mlp)])
 
 
 class GradientMasked(nn.Module):
