@@ -48,6 +48,7 @@ CONTENDERS = (
     "litgpt prepare_slimpajama",
 )
 _STORIES = 4000  # in each made-up file
+_SAMPLED_EVERY = 0.5  # seconds; the kernel walks all pages of a process for its memory, and stops it meanwhile
 _CHUNK_BYTES = 16_000_000  # so that a small corpus fills some, and a larger one takes no more memory for that reason
 
 
@@ -272,7 +273,7 @@ _CPU_OF_IMPORTS = time.process_time()
 
 
 class _peak_memory:  # noqa: N801 (used as a function)
-    """Largest sum of the proportional memory of this process and all below it, sampled every 50 ms."""
+    """Largest sum of the proportional memory of this process and all below it, sampled twice a second."""
 
     def __enter__(self) -> list[int]:
         self.peak, self.done = [0], threading.Event()
@@ -285,7 +286,7 @@ class _peak_memory:  # noqa: N801 (used as a function)
         self.thread.join()
 
     def _sample(self) -> None:
-        while not self.done.wait(0.05):
+        while not self.done.wait(_SAMPLED_EVERY):
             self.peak[0] = max(self.peak[0], sum(_memory(process) for process in _tree(os.getpid())))
 
 

@@ -43,6 +43,7 @@ from litgpt_memsinks.document_ids.near_duplicates import SIGNATURE_VERSION, Sign
 from litgpt_memsinks.errors import MemSinksError
 from litgpt_memsinks.files import atomic_directory
 from litgpt_memsinks.prepare.encoding import Encoder, load_tokenizer
+from litgpt_memsinks.prepare.memory import keep_freed_memory
 
 UNIT_VERSION = 1
 """Version of a unit's layout and content, part of its name."""
@@ -309,6 +310,7 @@ def _start_worker(reader: UnitReader, counters: Any, stop: Any) -> None:
     _worker.update(reader=reader, counters=counters, stop=stop)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads did not survive the fork
+    keep_freed_memory()
     die_with_parent()
 
 

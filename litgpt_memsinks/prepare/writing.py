@@ -16,9 +16,10 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, lru_cache
+from io import FileIO
 from pathlib import Path
 from types import FrameType
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -28,6 +29,7 @@ import torch
 from litgpt_memsinks.document_ids.ids import interleave
 from litgpt_memsinks.files import write_json
 from litgpt_memsinks.prepare.chunks import INDEX, read_index
+from litgpt_memsinks.prepare.memory import keep_freed_memory
 from litgpt_memsinks.prepare.planning import BUCKET_ROWS, ENTRY
 from litgpt_memsinks.prepare.tokenizing import die_with_parent
 
@@ -99,9 +101,9 @@ class ChunkWriter:
         self._memory = np.empty(0, dtype=np.int32)
 
     @cached_property
-    def _file(self) -> Callable[[int], BinaryIO]:
+    def _file(self) -> Callable[[int], FileIO]:
         # opened in the worker: open files do not travel between processes
-        return lru_cache(_OPEN_FILES)(lambda unit: cast(BinaryIO, open(self.token_files[unit], "rb", buffering=0)))
+        return lru_cache(_OPEN_FILES)(lambda unit: FileIO(self.token_files[unit]))
 
     def __call__(self, piece: Piece) -> Iterator[torch.Tensor]:
         """Yield the chunk as one int32 tensor ``(2 * n_tokens,)``, each token followed by its document's ID."""
@@ -114,8 +116,10 @@ class ChunkWriter:
         tokens, stream = self._buffers(piece.tokens)
         position = 0
         for unit, offset, length in entries[["unit", "offset", "length"]].tolist():
-            own = os.pread(self._file(unit).fileno(), 4 * length, 4 * offset)
-            tokens[position : position + length] = np.frombuffer(own, dtype=np.int32)
+            place = tokens[position : position + length]
+            self._file(unit).seek(4 * offset)
+            if self._file(unit).readinto(place.data) != place.nbytes:
+                raise OSError(f"{self.token_files[unit]} ends before token {offset + length}")
             position += length
         yield torch.from_numpy(interleave(tokens, entries["id"], entries["length"], out=stream))
 
@@ -131,6 +135,7 @@ class ChunkWriter:
 
 def _dying_with_parent(function: Callable[..., None]) -> Callable[..., None]:
     def watched(*arguments: Any) -> None:
+        keep_freed_memory()
         die_with_parent()
         function(*arguments)
 
