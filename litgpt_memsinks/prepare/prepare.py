@@ -19,6 +19,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version as package_version
 from pathlib import Path
@@ -371,9 +372,11 @@ def build(job: Job, out_dir: Path, num_workers: int, stores: Sequence[Path] = ()
                     job.mixture.chunk_bytes,
                     num_workers,
                 )
-            write_tables(scratch, plan, takers, units)
+            with ThreadPoolExecutor(1) as pool:  # both spend their time outside Python
+                tables = pool.submit(write_tables, scratch, plan, takers, units)
+                manifest = _manifest(job, units, takers, plan, scratch)
+                tables.result()
             _copy_tokenizer(job.tokenizer_dir, scratch / TOKENIZER)
-            manifest = _manifest(job, units, takers, plan, scratch)
             manifest.write(scratch)
     print(summary(manifest, out_dir))
     return manifest
