@@ -159,14 +159,14 @@ def model(arm, seed, rng, parts, points):
         "arm": arm,
         "seed": seed,
         "role": role,
-        "checkpoint_dir": f"runs/demo/{arm}-seed{seed}/final",
+        "checkpoint_dir": f"runs/made/{arm}-seed{seed}/final",
         "checkpoint_sha256": hashlib.sha256(f"{arm} {seed}".encode()).hexdigest(),
         "kind": "memsinks" if sinks else "litgpt",
         "parameters": 560_000,
         "sinks": {"n_shared": 192, "n_sink": 192, "active_probability": 0.3, "seed": 0, "sinks_for": "all"}
         if sinks
         else None,
-        "recipe": f"runs/demo/{arm}-seed{seed}/final/hyperparameters.yaml",
+        "recipe": f"runs/made/{arm}-seed{seed}/final/hyperparameters.yaml",
         "seconds": dict.fromkeys(parts, 3.2),
         "parts": {name: measured[name] for name in parts},
     }
@@ -273,11 +273,11 @@ def make_results(folder, name="results", seeds=(1, 2, 3), parts=PARTS, number=32
     content = {
         "format": 2,
         "date": "2026-11-21T12:00:00+00:00",
-        "command": "litgpt-memsinks evaluate --checkpoint_dir 'runs/demo/memsinks-seed1/final' --parts all",
+        "command": "litgpt-memsinks evaluate --checkpoint_dir 'runs/made/memsinks-seed1/final' --parts all",
         "commit": "0123456789abcdef0123456789abcdef01234567",
         "versions": {"litgpt-memsinks": "0.1.0", "litgpt": "0.5.13", "torch": "2.15.0"},
         "unit": "nats per token",
-        "data": {"path": "runs/demo/data/stream", "manifest_sha256": "ab" * 32, "repeated": number, "validation": 256},
+        "data": {"path": "runs/made/data/stream", "manifest_sha256": "ab" * 32, "repeated": number, "validation": 256},
         "settings": {
             "block_size": 128,
             "limit": None,

@@ -157,9 +157,9 @@ def test_what_was_not_measured_is_not_drawn_but_named_with_its_command(part, mad
     results = read_results([change(made, edit)])
     assert names(whole) - names(results) == NEEDS[part]
     (entry,) = [element for element in Page(page(results)).all("dd") if "--out_file" in element["text"]]
-    assert "--checkpoint_dir runs/demo/memsinks_repeated-seed1/final --data_path runs/demo/data/stream" in entry["text"]
-    assert ("--curve runs/demo/memsinks_repeated-seed1" if part == "curve" else f"--parts {part}") in entry["text"]
-    assert "--standard runs/demo/standard-seed1/final --left_out runs/demo/left_out-seed1/final" in entry["text"]
+    assert "--checkpoint_dir runs/made/memsinks_repeated-seed1/final --data_path runs/made/data/stream" in entry["text"]
+    assert ("--curve runs/made/memsinks_repeated-seed1" if part == "curve" else f"--parts {part}") in entry["text"]
+    assert "--standard runs/made/standard-seed1/final --left_out runs/made/left_out-seed1/final" in entry["text"]
     assert ">Not measured<" not in page(whole)
 
 
@@ -328,7 +328,7 @@ def test_files_of_other_data_are_noted(tmp_path):
 def test_foreign_text_stays_text(tmp_path):
     path = make_results(tmp_path, seeds=(1,))
     text = path.read_text().replace('"id_noise"', json.dumps(HOSTILE))
-    for harmless in ("0.5.13", "It may cost 2% of the validation loss.", "runs/demo/data/stream", "min_k_plus_plus"):
+    for harmless in ("0.5.13", "It may cost 2% of the validation loss.", "runs/made/data/stream", "min_k_plus_plus"):
         assert f'"{harmless}"' in text
         text = text.replace(f'"{harmless}"', json.dumps(HOSTILE))
     path.write_text(text)
