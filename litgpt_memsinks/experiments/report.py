@@ -156,8 +156,8 @@ def _sizes(result: dict[str, Any]) -> list[str]:
     sizes = result["sizes"]
     corpus = "" if result["corpus_sha256"] is None else f" Corpus: SHA-256 {result['corpus_sha256'][:12]}."
     return [
-        f"- {result['seeds']} seed(s), {result['training_minutes']:.0f} minutes of wall time in training, pauses and other work included, "
-        "all runs added up; other experiments share them. "
+        f"- {result['seeds']} seed(s), {result['training_minutes']:.0f} minutes of wall time in training, "
+        "pauses and other work included, all runs added up; other experiments share them. "
         f"{sizes['once']:,} documents once, {sizes['repeated']} × {sizes['repeats']}, rows of "
         f"{sizes['block_size']} tokens, unless the comment says otherwise.{corpus}"
     ]
