@@ -13,6 +13,9 @@ from litgpt_memsinks.report.charts import Axis, Chart, Series
 from litgpt_memsinks.report.figures import STYLE, draw, save
 
 LOSS = "loss, nats per token"
+MOST_PRICE = 1.0
+"""Most rise of validation loss, as a share, of a trained model in the picture of the frontier: a broken one would leave
+nothing else to see"""
 
 
 def draw_experiment(one: Experiment, found: Sequence[Found], path: Path) -> None:
@@ -58,10 +61,6 @@ def _sweep(one: Experiment, found: Sequence[Found]) -> Chart:
             means = [math.fsum(some) / len(some) for some in points.values()]
             series.append(Series(f"{measure} loss", list(points), means, slot, y_range=ends))
     return Chart("sweep", "Sinks dropped", "", Axis(one.sweep), Axis(LOSS), series)
-
-
-MOST_PRICE = 1.0
-"""Of a trained model in the picture of the frontier, which would show nothing else beside a broken one"""
 
 
 def _frontier(one: Experiment, found: Sequence[Found]) -> Chart:
