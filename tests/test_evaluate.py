@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import shutil
+import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
@@ -133,6 +134,15 @@ def checkpoint(folder, model):
 QUICK = {"block_size": 32, "parts": "losses", "bootstrap": 20}
 
 
+def checked_out() -> str | None:
+    """The commit of this checkout, if it is one."""
+    repository = Path(__file__).parent.parent
+    if not (repository / ".git").exists():
+        return None
+    command = ["git", "-C", str(repository), "rev-parse", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def test_evaluate_prints_a_table_and_writes_results(prepared, tmp_path, capsys):
     for arm, model in (("a", sink_model()), ("b", plain_model())):
         checkpoint(tmp_path / arm, model)
@@ -161,6 +171,7 @@ def test_evaluate_prints_a_table_and_writes_results(prepared, tmp_path, capsys):
     assert own["low"] <= own["value"] <= own["high"]
     assert content["comparison"][0]["own"] == [None]
     assert content["versions"]["torch"] == version("torch")
+    assert content["commit"] == checked_out()
     assert content["data"]["manifest_sha256"] == hashlib.sha256((prepared / "memsinks.json").read_bytes()).hexdigest()
     rows = [json.loads(line) for line in (tmp_path / "results.documents.jsonl").read_text().splitlines()]
     assert len(rows) == 4 * (4 + 4)

@@ -82,7 +82,7 @@ def provenance(asked: Asked, plan: Plan, limit: int | None, boot: Bootstrap) -> 
 
 def _commit() -> str | None:
     """The commit that the package runs from; ``None`` if it is no checkout."""
-    here = Path(__file__).parent.parent
+    here = Path(__file__).parents[2]
     if not (here / ".git").exists():
         return None
     try:
