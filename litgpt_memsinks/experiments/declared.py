@@ -75,7 +75,7 @@ class Check:
     says: str
     """The relation in a few words"""
     measure: str
-    """Of ``experiment_measures.MEASURES``"""
+    """Of ``measures.MEASURES``"""
     arm: str
     """Left side"""
     relation: Literal["above", "below"]

@@ -70,7 +70,7 @@ def measure(
     """Localise, drop and score.
 
     Args:
-        model: Of ``localise_neurons.load_plain``.
+        model: Of ``neurons.load_plain``.
         subject: Where it is from.
         asked: The documents.
         args: The method and its settings.
@@ -119,7 +119,7 @@ def sweep(
     """Drop each share of the neurons, and score the documents, each without its own, and the validation documents.
 
     Args:
-        model: Of ``localise_neurons.load_plain``.
+        model: Of ``neurons.load_plain``.
         documents: Repeated documents.
         validation: Validation documents.
         scores: ``(B, L, d_ff)``, or ``(1, L, d_ff)`` for all.

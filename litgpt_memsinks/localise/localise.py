@@ -3,7 +3,7 @@
 Post-hoc localisation, the paper's baseline (Sec. 3, App. C; Chang et al. 2024): docs/localisation.md.
 
     documents ─► scores of neurons ─► drop the highest ─► losses of the documents, and of others ─► frontier
-        localise_scores.py (a module for each method)    localise_frontier.py                 localise_file.py
+        scores.py (a module for each method)             frontier.py                          file.py
 """
 
 import time

@@ -16,7 +16,7 @@ from litgpt_memsinks.sinks.masks import exact_number
 BITS_PER_PARAMETER = 3.6
 """What a parameter of a GPT remembers at most (Morris et al. 2025, arXiv 2505.24832)."""
 DOCUMENT_BITS = 31
-"""Bits of a sequence ID that name the document, see `document_ids.py`."""
+"""Bits of a sequence ID that name the document, see `document_ids/ids.py`."""
 PAPER_RATES = {"SmolLM-360M-MemSinks": 5e-4, "SmolLM-1.7B-MemSinks": 5e-5}
 """Learning rates of App. I, Tables 4 and 5."""
 

@@ -7,7 +7,7 @@ hashes (ID, neuron) with murmur3's 32-bit finaliser instead, because the generat
 far more, or far less, than independent ones do. There is no state, no table and no random number generator.
 
 A sequence ID is an int32. Its low 31 bits name the document, and only they choose the mask. Its sign bit says that the
-document occurs more than once in the stream (`document_ids.py`). ID 0 means "no document": every sink off.
+document occurs more than once in the stream (`document_ids/ids.py`). ID 0 means "no document": every sink off.
 
 Checkpoints depend on these bits for ever. They may only change together with ``MASK_VERSION``.
 

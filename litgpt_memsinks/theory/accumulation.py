@@ -2,7 +2,7 @@
 
 Notation, as in App. H: a document's features z, of length 1, are those of the shared neurons and those of the sinks.
 The memorised document, seen k times in N steps, always has its sinks on; a fraction rho of the other documents has the
-same ones on. The rest is that of ``theory_forgetting.py``.
+same ones on. The rest is that of ``forgetting.py``.
 """
 
 import math
