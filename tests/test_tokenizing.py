@@ -1,6 +1,7 @@
 """The first pass: units that are found again, workers that die, errors and interrupts."""
 
 import contextlib
+import importlib
 import json
 import multiprocessing
 import os
@@ -479,3 +480,20 @@ def test_interrupt_is_one_word(tmp_path: Path, corpus_dir: Path, tokenizer_dir: 
     assert error.splitlines()[-1] == "Interrupted."
     assert process.returncode == 130
     assert not (tmp_path / "out").exists()
+
+
+def test_what_writes_is_imported_while_workers_read(
+    tmp_path: Path, read: Read, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once, and after the workers are forked, which would inherit the locks of a half-done import."""
+    path = write_files(tmp_path / "c", {"a": stories(50)})
+    seen = []
+
+    def note(name: str) -> None:
+        seen.append((name, len(multiprocessing.active_children())))
+        sys.modules[name] = sys
+
+    monkeypatch.delitem(sys.modules, "litdata", raising=False)
+    monkeypatch.setattr(importlib, "import_module", note)
+    read(Reading(path))
+    assert seen == [("litdata", 1)]

@@ -13,6 +13,7 @@ finds again what is done. Nothing here grows with the corpus: a worker holds one
 """
 
 import contextlib
+import importlib
 import json
 import multiprocessing
 import os
@@ -384,7 +385,11 @@ def read_units(
         queue = iter(sorted(missing, key=lambda name: -units[missing[name][0]].file.size))
     workers = min(num_workers, len(missing))
     reader.threads = num_workers // workers
-    with _workers(reader, workers) as (pool, counters), _progress(units, done, counters) as redraw:
+    with (
+        _workers(reader, workers) as (pool, counters),
+        _progress(units, done, counters) as redraw,
+        ThreadPoolExecutor(1) as meanwhile,
+    ):
         running: dict[Future[None], str] = {}
         while True:
             with _interrupts_wait():
@@ -394,6 +399,8 @@ def read_units(
                         break
             if not running:
                 return [unit for unit in done if unit is not None]
+            if "litdata" not in sys.modules:  # it takes half a second, and writing the stream needs it
+                meanwhile.submit(importlib.import_module, "litdata")
             finished, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
             redraw()
             for future in finished:
