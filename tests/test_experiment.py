@@ -17,7 +17,9 @@ from litgpt_memsinks.experiments import experiment as command
 from litgpt_memsinks.experiments import measures, report
 from litgpt_memsinks.experiments.declared import EXPERIMENTS, LEFT_OUT_ARM, MEMSINKS, STANDARD, Check
 from litgpt_memsinks.experiments.found import groups
+from litgpt_memsinks.experiments.grids import DECLARED, GRIDS
 from litgpt_memsinks.experiments.measures import MEASURES, Found, Reading, value
+from litgpt_memsinks.experiments.results import selected
 from litgpt_memsinks.experiments.scales import EMBEDDED, GPU, OWN, Texts, _recipe, backwards, stream_settings, tokens_of
 from litgpt_memsinks.experiments.verdict import check_row, outcome, verdict
 from litgpt_memsinks.theory.theory import PARTS as THEOREMS
@@ -25,6 +27,7 @@ from tests.console import REPOSITORY
 
 FIGURES = ["fig2a", "fig2b", "fig2c", "fig3", "fig4", "fig5a", "fig5b", "fig5c", "fig6a", "fig6b", "fig7"]
 NAMES = [*FIGURES, "thm_entanglement", "thm_coadaptation", "thm_forgetting", "thm_accumulation"]
+TABLES = {"table1": 9, "table2": 27, "table3": 144, "table6a": 12, "table6b": 12}
 TEXTS = Texts("train", "validation", "rare", "rare_validation", "bulk", REPOSITORY)
 
 # --------------------------------------------------------------------------------------------------------- declarations
@@ -36,9 +39,36 @@ def test_all_figures_and_theorems_are_declared():
     assert all(bool(one.arms) != bool(one.theorem) for one in EXPERIMENTS.values())
 
 
-@pytest.mark.parametrize("name", NAMES)
+def test_all_grids_are_declared():
+    assert {name: len(one.arms) for name, one in GRIDS.items()} == TABLES
+    assert {name: one.selected_by for name, one in GRIDS.items()} == dict.fromkeys(TABLES, "validation") | {
+        "table2": "validation_kept"  # before dropping
+    }
+    corner = dict(GRIDS["table3"].arms[-1].settings)
+    assert corner == {
+        "optimizer.init_args.lr": "0.006",
+        "train.min_lr": "0.006",
+        "optimizer.init_args.weight_decay": "0.1",
+        "data.sinks.shared_fraction": "0.7",
+        "data.sinks.active_probability": "0.7",
+    }
+    assert GRIDS["table3"].arms[-1].name == "lr=0.006 wd=0.1 g=0.7 p=0.7"
+
+
+def test_grid_selects_the_lowest_mean():
+    one = replace(GRIDS["table1"], arms=(STANDARD, MEMSINKS))
+    seeds = [found(), found()]
+    seeds[1].measured["standard"] = arm([0.5], 2.4)
+    choice = selected(one, seeds)
+    assert choice == {"by": "validation", "arm": "memsinks", "value": pytest.approx(2.1), "arms": 2}
+    del seeds[1].measured["standard"]
+    assert selected(one, seeds) is None
+    assert selected(EXPERIMENTS["fig4"], seeds) is None
+
+
+@pytest.mark.parametrize("name", [*NAMES, *TABLES])
 def test_declaration_is_whole(name):
-    one = EXPERIMENTS[name]
+    one = DECLARED[name]
     arms = {arm.name: arm for arm in one.arms}
     assert len(arms) == len(one.arms)
     assert one.where
@@ -46,7 +76,8 @@ def test_declaration_is_whole(name):
     assert one.comment
     if one.theorem:
         return
-    assert one.checks
+    assert bool(one.checks) != bool(one.selected_by)
+    assert one.selected_by in {"", *one.table}
     measured = {*arms, *(localised.name for localised in one.localised)}
     for check in one.checks:
         assert check.measure in MEASURES
@@ -62,7 +93,7 @@ def test_declaration_is_whole(name):
         assert not arm.paper_recipe or (REPOSITORY / f"recipes/{arm.paper_recipe}.yaml").is_file()
         assert not arm.stream.recipe or (REPOSITORY / f"recipes/data/{arm.stream.recipe}.yaml").is_file()
         assert {arm.size} <= {"", *EMBEDDED.sizes} == {"", *OWN.sizes} == {"", *GPU.sizes}
-        assert arm.standard in arms
+        assert arm.standard in ({""} if one.selected_by else arms)
     assert ("sweep" in one.pictures) == bool(one.sweep) == any(arm.x is not None for arm in one.arms)
 
 
@@ -244,7 +275,8 @@ def test_list_names_every_experiment_with_its_cost(capsys):
     main(["experiment", "list", "--seeds", "2"])
     rows = {cells[1]: cells for line in capsys.readouterr().out.splitlines() if len(cells := line.split("│")) > 3}
     cells = {name.strip(): [cell.strip() for cell in row[3:7]] for name, row in rows.items()}
-    assert list(cells) == [*NAMES, "all"]
+    assert list(cells) == [*NAMES, "all", *TABLES]
+    assert cells["table2"][:2] == ["27", "54"]
     assert cells["fig4"][:2] == ["6", "12"]
     tokens = 2 * (5 * (4500 + 32 * 96) + 4500) * 101 / 1e6
     assert cells["fig4"][2] == f"{tokens:.1f}M"
@@ -344,6 +376,14 @@ def test_page_has_the_papers_statement_beside_our_number():
     assert "`litgpt-memsinks experiment fig4`, 2026-11-21, a processor; torch 2.15.0." in page
     assert "2 seed(s), 12 minutes of wall time" in page
     assert "Not run: fig2a, fig2b, fig2c, fig3, fig5a" in page
+
+
+def test_page_names_the_selected_setting():
+    choice = {"by": "validation", "arm": "lr=0.006 wd=0.1", "value": 2.1, "arms": 9}
+    page = report.page([result() | {"name": "table1", "checks": [], "selected": choice, "verdict": "selected"}])
+    assert "| [table1](#table1-cpu-embedded) | Figure 4 | cpu-embedded | 2 | – | selected |" in page
+    assert "Lowest validation loss of 9 settings: **lr=0.006 wd=0.1**, 2.100." in page
+    assert "what should hold" not in page
 
 
 def test_other_files_are_neither_read_nor_replaced(tmp_path):

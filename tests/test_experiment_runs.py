@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import yaml
@@ -17,6 +18,7 @@ from litgpt_memsinks.experiments import found as experiment_found
 from litgpt_memsinks.experiments import scales as experiment_scales
 from litgpt_memsinks.experiments.declared import EXPERIMENTS, LEFT_OUT_ARM, MEMSINKS, STANDARD, Arm, Check, Experiment
 from litgpt_memsinks.experiments.experiment import open_workplace, run_experiment
+from litgpt_memsinks.experiments.grids import GRIDS, grid
 from litgpt_memsinks.experiments.measures import read_readings
 from litgpt_memsinks.experiments.runs import Workplace
 from litgpt_memsinks.experiments.scales import EMBEDDED, GPU, Texts
@@ -206,6 +208,31 @@ def test_large_runs_are_the_papers_recipes_as_they_are(tmp_path):
         for arm in one.arms:
             assert workplace.recipe(arm) == RECIPES / f"{arm.paper_recipe}.yaml"
             assert workplace.changes(arm, {}) == []
+    for arm in GRIDS["table6a"].arms:
+        assert workplace.recipe(arm) == RECIPES / "smollm360_memsinks.yaml"
+        assert [name for name, _ in workplace.changes(arm, {})] == [
+            "data.sinks.shared_fraction", "data.sinks.active_probability"
+        ]  # fmt: skip
+
+
+def test_grid_trains_what_it_names_and_selects(tiny, tmp_path, capsys):
+    arms = grid(Arm("", "memsinks", STANDARD.stream), ("lr", (6e-3, 6e-5), ("optimizer.init_args.lr", "train.min_lr")),
+                ("g", (0.25,), ("data.sinks.shared_fraction",)))  # fmt: skip
+    one = replace(GRIDS["table3"], arms=arms, asked=arms[0].name)
+    assert run(one, tmp_path) == []
+    result = json.loads((tmp_path / "cpu-embedded/table3/experiment.json").read_text())
+    losses = {name: numbers["mean"] for name, numbers in result["values"]["validation"].items()}
+    assert list(losses) == ["lr=0.006 g=0.25", "lr=6e-05 g=0.25"]
+    assert losses["lr=0.006 g=0.25"] < losses["lr=6e-05 g=0.25"]  # which hardly learns
+    assert result["selected"] == {"by": "validation", "arm": "lr=0.006 g=0.25", "arms": 2,
+                                  "value": losses["lr=0.006 g=0.25"]}  # fmt: skip
+    assert result["verdict"] == "selected"
+    assert "lowest of 2: lr=0.006 g=0.25" in capsys.readouterr().out
+    assert (tmp_path / "cpu-embedded/table3/table3.svg").is_file()
+    used = [yaml.safe_load((Path(one["folders"][0]) / "final/hyperparameters.yaml").read_text())
+            for one in result["arms"]]  # fmt: skip
+    assert [(one["optimizer"]["init_args"]["lr"], one["train"]["min_lr"]) for one in used] == [(6e-3,) * 2, (6e-5,) * 2]
+    assert [one["data"]["init_args"]["sinks"]["shared_fraction"] for one in used] == [0.25, 0.25]
 
 
 def test_every_stream_is_what_it_is_called(tmp_path, monkeypatch):

@@ -45,7 +45,7 @@ class Arm:
     x: float | None = None
     """Its place on the axis of a sweep"""
     standard: str = "standard"
-    """The arm without sinks that it is compared with"""
+    """The arm without sinks that it is compared with; none in a grid"""
     ids_fit: bool = True
     """Whether the documents' IDs are those that it was trained with, so that their own sinks must know them best"""
     reading_every: int = 50
@@ -112,10 +112,12 @@ class Experiment:
     """Arms that are asked for those of another arm"""
     table: tuple[str, ...] = ("validation", "repeated", "own")
     """Measures that are shown of every arm"""
-    pictures: tuple[Literal["validation", "repeated", "own", "sweep", "frontier", "losses"], ...] = ("losses",)
+    pictures: tuple[Literal["validation", "repeated", "own", "sweep", "frontier", "losses", "grid"], ...] = ("losses",)
     """What is drawn"""
     sweep: str = ""
     """Name of the axis of a sweep"""
+    selected_by: str = ""
+    """The measure by which a grid of settings selects an arm: the least is best. No relation is checked then"""
     theorem: str = ""
     """Of ``litgpt-memsinks theory``, which is all that is run then"""
 

@@ -24,6 +24,7 @@ from litgpt_memsinks.evaluate.subject import sha256_of
 from litgpt_memsinks.experiments.declared import EXPERIMENTS, Arm, Experiment
 from litgpt_memsinks.experiments.figures import draw_experiment
 from litgpt_memsinks.experiments.found import measure_seed, write_evaluations
+from litgpt_memsinks.experiments.grids import DECLARED, GRIDS
 from litgpt_memsinks.experiments.report import write_page
 from litgpt_memsinks.experiments.results import EXPERIMENT, content, shown, theorem_content
 from litgpt_memsinks.experiments.runs import Planned, Workplace, train
@@ -53,7 +54,7 @@ def experiment(
     results that are there.
 
     Args:
-        name: An experiment, or `all`, `list`, `report`.
+        name: An experiment, or `all` (figures and theorems, not the grids of the tables), `list`, `report`.
         scale: `cpu`: the demo's model and sizes, minutes on two cores. `gpu`: the paper's.
         seeds: Number of training seeds.
         corpus: JSON lines with a text each, instead of the embedded stories. 3,032 documents to train on, or more.
@@ -104,12 +105,12 @@ def _chosen(name: str) -> list[Experiment]:
     """
     if name in ("all", "list"):
         return list(EXPERIMENTS.values())
-    if name in EXPERIMENTS:
-        return [EXPERIMENTS[name]]
-    near = difflib.get_close_matches(name, EXPERIMENTS, 1)
+    if name in DECLARED:
+        return [DECLARED[name]]
+    near = difflib.get_close_matches(name, DECLARED, 1)
     hint = f" Did you mean {near[0]}?" if near else ""
     raise MemSinksError(
-        f"There is no experiment {name!r}.{hint} Choose from: {', '.join([*EXPERIMENTS, 'all', 'list', 'report'])}."
+        f"There is no experiment {name!r}.{hint} Choose from: {', '.join([*DECLARED, 'all', 'list', 'report'])}."
     )
 
 
@@ -239,6 +240,8 @@ def print_costs(scale: ScaleName, seeds: int, corpus: Path | None) -> None:
     for one in EXPERIMENTS.values():
         table.add_row(one.name, one.where, *row([one]))
     table.add_row("all", "runs are shared", *row(list(EXPERIMENTS.values())))
+    for one in GRIDS.values():
+        table.add_row(one.name, one.where, *row([one]))
     _console().print(table)
 
 
@@ -249,6 +252,8 @@ def print_outcome(result: dict[str, Any]) -> None:
         table.add_column(heading)
     for check in result["checks"]:
         table.add_row(check["says"], *(shown(check[side]) for side in ("left", "right")), check["outcome"])
+    if choice := result.get("selected"):
+        table.add_row(f"lowest of {choice['arms']}: {choice['arm']}", f"{choice['value']:.3f}", "–", choice["by"])
     _console().print(table)
     for line in (*result["failed"], *result["notes"]):
         print(f"  {line}")

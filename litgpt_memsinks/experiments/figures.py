@@ -8,7 +8,8 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from litgpt_memsinks.experiments.declared import Experiment
-from litgpt_memsinks.experiments.measures import Found, shares, value
+from litgpt_memsinks.experiments.measures import MEASURES, Found, shares, value
+from litgpt_memsinks.experiments.results import selected
 from litgpt_memsinks.report.charts import Axis, Chart, Series
 from litgpt_memsinks.report.figures import STYLE, draw, save
 
@@ -97,6 +98,22 @@ def _losses(one: Experiment, found: Sequence[Found]) -> Chart:
     return Chart("losses", title, "", axis, Axis(f"repeated documents' {LOSS}"), series)
 
 
+def _grid(one: Experiment, found: Sequence[Found]) -> Chart:
+    """Repeated loss against what a grid selects by: each arm and seed, and the selected arm's."""
+    choice = selected(one, found)
+    shown = {"all settings": [arm.name for arm in one.arms]} | ({choice["arm"]: [choice["arm"]]} if choice else {})
+    series = []
+    for slot, (label, names) in enumerate(shown.items()):
+        x, y = (
+            [number for name in names for number in _numbers(found, measure, name)]
+            for measure in (one.selected_by, "repeated")
+        )
+        if x and len(x) == len(y):
+            series.append(Series(label, x, y, slot))
+    by = MEASURES[one.selected_by].label
+    return Chart("grid", "Selected: the lowest", "", Axis(by), Axis(f"repeated documents' {LOSS}"), series)
+
+
 def _numbers(found: Sequence[Found], measure: str, arm: str) -> list[float]:
     values = [value(seed, measure, arm) for seed in found]
     return [number for number in values if math.isfinite(number)]
@@ -109,4 +126,5 @@ CHARTS: dict[str, Callable[[Experiment, Sequence[Found]], Chart]] = {
     "sweep": _sweep,
     "frontier": _frontier,
     "losses": _losses,
+    "grid": _grid,
 }

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from litgpt_memsinks.errors import MemSinksError
-from litgpt_memsinks.experiments.declared import EXPERIMENTS
+from litgpt_memsinks.experiments.grids import DECLARED
 from litgpt_memsinks.experiments.results import EXPERIMENT, FORMAT
 from litgpt_memsinks.experiments.verdict import MEANING
 from litgpt_memsinks.files import write_text
@@ -22,6 +22,7 @@ each comment. Losses in nats per token, sinks dropped unless said; mean ± stand
 litgpt-memsinks experiment list                          # what each takes
 litgpt-memsinks experiment all --seeds 3                 # on the embedded stories; --corpus FILE for others
 litgpt-memsinks experiment all --seeds 3 --scale gpu     # the paper's sizes
+litgpt-memsinks experiment table3 --seeds 1              # a grid of settings, which `all` leaves out
 litgpt-memsinks experiment report                        # this page
 ```
 """
@@ -45,7 +46,7 @@ def write_page(results: Path, out: Path) -> None:
         )
     if out.is_file() and not out.read_text(encoding="utf-8").startswith(HEAD.partition("\n")[0]):
         raise MemSinksError(f"{str(out)!r} is another page and is not overwritten. Name another output.")
-    order = list(EXPERIMENTS)
+    order = list(DECLARED)
     found.sort(key=lambda one: (order.index(one[1]["name"]), one[1]["scale"]))
     for folder, result in found:
         source = folder / f"{result['name']}.svg"
@@ -65,7 +66,7 @@ def read_result(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        known = content["format"] == FORMAT and content["name"] in EXPERIMENTS
+        known = content["format"] == FORMAT and content["name"] in DECLARED
     except (ValueError, KeyError, TypeError) as error:
         raise MemSinksError(
             f"{str(path)!r} is no result of an experiment ({error}). Run the experiment again."
@@ -85,7 +86,7 @@ def page(results: Sequence[dict[str, Any]], folder: Path | None = None) -> str:
         results: Of the experiments, in order.
         folder: Of the page; pictures are shown if they are there.
     """
-    missing = [name for name in EXPERIMENTS if name not in {result["name"] for result in results}]
+    missing = [name for name in DECLARED if name not in {result["name"] for result in results}]
     lines = [HEAD, *_verdicts(), *_overview(results)]
     if missing:
         lines += ["", NOT_RUN.format(names=", ".join(missing))]
@@ -111,7 +112,7 @@ def _overview(results: Sequence[dict[str, Any]]) -> list[str]:
             result["where"],
             result["scale"],
             str(result["seeds"]),
-            f"{_held(result)} of {len(result['checks'])}",
+            f"{_held(result)} of {len(result['checks'])}" if result["checks"] else "–",
             result["verdict"],
         )
         for result in results
@@ -138,11 +139,11 @@ def _figure(result: dict[str, Any]) -> str:
 
 def _section(result: dict[str, Any], folder: Path | None) -> list[str]:
     lines = [f"## {_title(result)}", "", f"**{result['where']}: {result['verdict']}.** {result['statement']}", ""]
-    lines += _checks(result)
+    lines += _selected(result) if result.get("selected") else _checks(result)
     lines += ["", *_values(result)] if "values" in result else []
     if folder is not None and (folder / FIGURES / _figure(result)).is_file():
         lines += ["", f"![{result['where']}]({(FIGURES / _figure(result)).as_posix()})"]
-    lines += ["", EXPERIMENTS[result["name"]].comment, ""]  # written after the numbers are known
+    lines += ["", DECLARED[result["name"]].comment, ""]  # written after the numbers are known
     lines += [f"- Failed: {line}" for line in result["failed"]]
     lines += [f"- Not measured: {line}" for line in result["notes"]]
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
@@ -185,6 +186,12 @@ def _checks(result: dict[str, Any]) -> list[str]:
             )
         )
     return _table(("what should hold", "the paper", "here", "limit", "margin, 95% over seeds", ""), rows)
+
+
+def _selected(result: dict[str, Any]) -> list[str]:
+    choice = result["selected"]
+    label, number = result["labels"][choice["by"]], _number(choice["value"], False)
+    return [f"Lowest {label} of {choice['arms']} settings: **{choice['arm']}**, {number}."]
 
 
 def _values(result: dict[str, Any]) -> list[str]:

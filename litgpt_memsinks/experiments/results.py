@@ -78,11 +78,25 @@ def content(
                 {"price": price_of(seed), **{name: shares(seed, name) for name in seed.frontiers}} for seed in found
             ],
             "checks": checks,
-            "verdict": verdict([check["outcome"] for check in checks]),
+            "selected": (choice := selected(one, found)),
+            "verdict": verdict([check["outcome"] for check in checks]) if choice is None else "selected",
             "failed": list(failed),
             "notes": list(notes),
         }
     )
+
+
+def selected(one: Experiment, found: Sequence[Found]) -> dict[str, Any] | None:
+    """The arm of a grid with the least mean over seeds; ``None`` without a grid, or if an arm lacks its number."""
+    means = {
+        arm.name: math.fsum(value(seed, one.selected_by, arm.name) for seed in found) / len(found)
+        for arm in one.arms
+        if one.selected_by
+    }
+    if not means or any(map(math.isnan, means.values())):
+        return None
+    best = min(means, key=lambda name: means[name])
+    return {"by": one.selected_by, "arm": best, "value": means[best], "arms": len(means)}
 
 
 def theorem_content(one: Experiment, setup: Any, verdicts: Sequence[TheoremVerdict]) -> dict[str, Any]:

@@ -93,7 +93,7 @@ class Workplace:
     def changes(self, arm: Arm, recipe: dict[str, Any]) -> list[Setting]:
         """What an arm changes of its recipe; what is more particular comes later, and holds."""
         if self.is_whole(arm):
-            return []
+            return list(arm.settings)
         sinks = recipe["data"]["init_args"].get("sinks", {})
         with_sinks = sinks.get("shared_fraction") != 1
         return [
@@ -138,17 +138,16 @@ class Workplace:
             "package": version("litgpt-memsinks"),
         }
         folder = self.folder / "runs" / f"{recipe.stem}-{stream.name}-{key_of(**settings)[:8]}" / f"seed{seed}"
+        used = self._with_optimizer(recipe, content, changes)
+        flags = [part for name, value in changes if not name.startswith(OPTIMIZER) for part in (f"--{name}", value)]
         if self.is_whole(arm):
             train = content["train"]
             iterations = int(train["max_tokens"]) // (int(train["micro_batch_size"]) * int(block))
-            command = seeded_command(recipe, stream, folder, seed)
+            command = seeded_command(used, stream, folder, seed)
         else:
             iterations = one_pass(stream, block)
-            tokens = iterations * MICRO_BATCH * block
-            used = self._with_optimizer(recipe, content, changes)
-            flags = [part for name, value in changes if not name.startswith(OPTIMIZER) for part in (f"--{name}", value)]
-            command = pretrain_command(used, stream, folder, seed, block, tokens) + flags
-        run = TrainingRun(f"{arm.name} seed {seed}", tuple(command), folder, max(1, iterations))
+            command = pretrain_command(used, stream, folder, seed, block, iterations * MICRO_BATCH * block)
+        run = TrainingRun(f"{arm.name} seed {seed}", (*command, *flags), folder, max(1, iterations))
         return Planned(arm, seed, settings, block, run)
 
 

@@ -8,13 +8,14 @@ from litgpt_memsinks.evaluate.bootstrap import Bootstrap
 from litgpt_memsinks.experiments.declared import Check
 
 Outcome = Literal["holds", "does not hold", "undecided", "not measured"]
-Verdict = Literal["reproduced", "not at this scale", "differs", "not measured"]
+Verdict = Literal["reproduced", "not at this scale", "differs", "not measured", "selected"]
 
 MEANING: dict[Verdict, str] = {
     "reproduced": "every relation holds, in the interval over seeds if there are several",
     "not at this scale": "a relation holds for some seeds and not for others: the effect does not show here",
     "differs": "a relation does not hold, in the interval over seeds if there are several",
     "not measured": "a run or a measurement is missing",
+    "selected": "a grid of settings, of which the one with the lowest loss is chosen; the paper claims nothing of it",
 }
 
 
