@@ -20,6 +20,7 @@ SinksFor = Literal["all", "repeated"]
 Scale = Literal["none", "inverse"]
 Method = Literal["memsinks", "mask_exact", "mask_cloud", "mask_sgtm"]
 Mask = Literal["bernoulli", "exact"]
+Attention = Literal["row", "document"]
 Strategy = Literal["litgpt", "ddp", "fsdp", "hsdp"]
 
 
@@ -48,6 +49,9 @@ class SinkArgs:
     """Layers that have sinks, counted from 0. ``null``: all (the paper). The others have their shared neurons only"""
     mask: Mask = "bernoulli"
     """Each sink is on with probability p by itself (bernoulli, the paper), or exactly p of them are (exact)"""
+    attention: Attention = "row"
+    """What a token of a training or validation row attends to: all of the row before it (row, the paper), or of its own
+    document (document), whose neighbours have other sinks on"""
     mask_version: int = MASK_VERSION
     """Version of the mask function. Set it only to state on which version a recipe was made"""
 
@@ -65,6 +69,7 @@ class SinkArgs:
         _check_choice("scale", self.scale, ("none", "inverse"))
         self._check_method()
         _check_choice("mask", self.mask, ("bernoulli", "exact"))
+        _check_choice("attention", self.attention, ("row", "document"))
         if not 0 <= self.off_share < 1:
             raise MemSinksError(f"sinks.off_share is {self.off_share}, but it must be at least 0 and below 1.")
         _check_layers(self.layers)
@@ -281,6 +286,8 @@ class MemSinksConfig(BaseConfig):
     """See ``SinkArgs.layers``"""
     sink_mask: Mask = "bernoulli"
     """See ``SinkArgs.mask``"""
+    sink_attention: Attention = "row"
+    """See ``SinkArgs.attention``; without effect where a row is one document"""
     sink_mask_version: int = MASK_VERSION
     """Version of the mask function that the weights were trained with"""
     sink_removed: str = ""
@@ -311,6 +318,7 @@ class MemSinksConfig(BaseConfig):
             off_share=self.sink_off_share,
             layers=self.sink_layers,
             mask=self.sink_mask,
+            attention=self.sink_attention,
             mask_version=self.sink_mask_version,
         ).check()
         if self.sink_layers is not None and max(self.sink_layers) >= self.n_layer:
@@ -318,7 +326,17 @@ class MemSinksConfig(BaseConfig):
                 f"sinks.layers has layer {max(self.sink_layers)}, but the model's {self.n_layer} layers are counted "
                 "from 0. Leave it out."
             )
+        self._check_attention()
         self._check_removed()
+
+    def _check_attention(self) -> None:
+        """Refuse models whose attention takes no mask of ours: LitGPT puts the window's in its place, or adds it."""
+        for name in ("sliding_window_size", "attention_logit_softcapping"):
+            if self.sink_attention == "document" and (value := getattr(self, name)) is not None:
+                raise MemSinksError(
+                    f"sinks.attention is 'document', but the model's {name} is {value}, with which LitGPT's attention "
+                    "cannot keep to documents. Leave it out."
+                )
 
     def _check_removed(self) -> None:
         """Refuse a record of removed sinks that is not of this model."""
@@ -380,6 +398,7 @@ class MemSinksConfig(BaseConfig):
             sink_off_share=sinks.off_share,
             sink_layers=copy.deepcopy(sinks.layers),
             sink_mask=sinks.mask,
+            sink_attention=sinks.attention,
             sink_mask_version=sinks.mask_version,
         )
 

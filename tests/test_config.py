@@ -47,6 +47,7 @@ CARRIED = {
     "off_share": (0.25, "sink_off_share", 0.25),
     "layers": ([1], "sink_layers", [1]),
     "mask": ("exact", "sink_mask", "exact"),
+    "attention": ("document", "sink_attention", "document"),
     "mask_version": (MASK_VERSION + 6, "sink_mask_version", MASK_VERSION + 6),
 }
 
@@ -64,6 +65,7 @@ REFUSED = {
     "off_share": [(-0.1, "-0.1"), (1.0, "1.0"), (math.nan, "nan")],
     "layers": [([], "[]"), ([0, 0], "[0, 0]"), ([-1], "[-1]"), ([0.5], "[0.5]")],
     "mask": [("top_k", "'top_k'")],
+    "attention": [("block", "'block'")],
     "mask_version": [(0, "0"), (2, "2")],
 }
 
@@ -78,6 +80,7 @@ ACCEPTED = {
     "off_share": [0.0, 0.999],
     "layers": [None, [0], [1, 0]],
     "mask": ["bernoulli", "exact"],
+    "attention": ["row", "document"],
     "mask_version": [MASK_VERSION],
 }
 

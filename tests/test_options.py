@@ -16,7 +16,7 @@ from litgpt_memsinks.certificate.difference import compare
 from litgpt_memsinks.config import MemSinksConfig, SinkArgs
 from litgpt_memsinks.drop_sinks.drop_sinks import drop_sinks
 from litgpt_memsinks.errors import MemSinksError
-from litgpt_memsinks.model.model import GPT
+from litgpt_memsinks.model.model import GPT, within_documents
 from litgpt_memsinks.plan.expectations import expected
 from litgpt_memsinks.pretrain.pretrain import check_same_sinks, describe
 from litgpt_memsinks.sinks import masks as sinks
@@ -43,7 +43,7 @@ GOLDEN_WITHOUT = {
 # fmt: on
 INT_MIN, INT_MAX = -(2**31), 2**31 - 1
 LAYERS = {"layers": [1]}
-ALL = {"off_share": 0.5, "layers": [1], "mask": "exact", "sinks_for": "repeated"}
+ALL = {"off_share": 0.5, "layers": [1], "mask": "exact", "sinks_for": "repeated", "attention": "document"}
 
 
 def model_with(**options: Any) -> GPT:
@@ -222,6 +222,49 @@ def test_training_is_one_graph_with_all_settings() -> None:
     assert counter.frame_count == 1  # each graph break, or recompilation, would add a frame
 
 
+@settings(deadline=None, max_examples=30)
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=5), ids=st.data())
+def test_tokens_attend_to_their_own_document(lengths: list[int], ids: st.DataObject) -> None:
+    chosen: list[int] = []
+    for _ in lengths:  # neighbours differ; further away, the same document may come again
+        chosen.append(ids.draw(st.sampled_from([number for number in (3, -3, 7) if [number] != chosen[-1:]])))
+    expected = torch.block_diag(*(torch.ones(length, length).tril() for length in lengths))
+    row = torch.tensor(chosen).repeat_interleave(torch.tensor(lengths))
+    found = within_documents(row[None])
+    assert found.dtype == torch.bool
+    assert found.shape == (1, 1, len(row), len(row))
+    assert torch.equal(found[0, 0], expected.bool())
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("g", [0.25, 1.0])
+def test_document_in_a_row_is_the_document_by_itself(mode: str, g: float) -> None:
+    """Which is how it is evaluated. Rotary positions are relative, so where it stands does not matter."""
+    torch.manual_seed(0)
+    config = MemSinksConfig.from_base(Config(**TINY_MODEL), SinkArgs(g, 0.3, attention="document"))
+    model, (tokens, ids) = GPT(config).double().train(mode == "train"), batch()
+    packed_logits = model(torch.stack((tokens, ids), dim=-1))
+    alone = [
+        model(tokens[:, part], sequence_ids=ids[:, part][:, 0] if mode == "train" else None)
+        for part in (slice(0, 8), slice(8, 16), slice(16, 24))
+    ]
+    torch.testing.assert_close(packed_logits, torch.cat(alone, dim=1), atol=1e-6, rtol=0)  # rotary factors are float32
+    config.sink_attention = "row"
+    others = model(torch.stack((tokens, ids), dim=-1))
+    assert torch.equal(others[:, :1], packed_logits[:, :1])
+    assert not torch.allclose(others[:, 8:], packed_logits[:, 8:], atol=1e-3)
+
+
+@torch.inference_mode()
+def test_document_attention_leaves_the_cache_alone() -> None:
+    model, (tokens, _) = model_with(attention="document").eval(), batch()
+    ids = torch.full_like(tokens, 5)
+    whole = model(tokens, sequence_ids=ids)
+    model.set_kv_cache(batch_size=4)
+    steps = [model(tokens[:, t : t + 1], torch.tensor([t]), sequence_ids=ids[:, t : t + 1]) for t in range(24)]
+    torch.testing.assert_close(torch.cat(steps, dim=1), whole, atol=1e-5, rtol=0)
+
+
 # ---- what is released
 
 
@@ -276,9 +319,19 @@ def test_layer_that_the_model_lacks_is_refused() -> None:
         MemSinksConfig.from_base(Config(**TINY_MODEL), SinkArgs(0.25, layers=[0, 2]))
 
 
+@pytest.mark.parametrize(
+    "field", [{"sliding_window_size": 8, "sliding_window_indices": [0, 1]}, {"attention_logit_softcapping": 50.0}]
+)
+def test_attention_that_takes_no_mask_is_refused(field: dict[str, Any]) -> None:
+    with pytest.raises(MemSinksError, match=f"'document', but the model's {next(iter(field))} is "):
+        MemSinksConfig.from_base(Config(**TINY_MODEL | field), SinkArgs(0.25, attention="document"))
+    MemSinksConfig.from_base(Config(**TINY_MODEL | field), SinkArgs(0.25))
+
+
 def test_run_says_what_is_beyond_the_paper() -> None:
     said = describe(model_with(**ALL).config)
-    assert "(repeated documents, scale none, exactly so many, off in 0.5 of the rows, in layers 1)" in said
+    beyond = "exactly so many, attention within documents, off in 0.5 of the rows, in layers 1)"
+    assert f"(repeated documents, scale none, {beyond}" in said
     assert "scale none)." in describe(model_with().config)
 
 
@@ -288,7 +341,9 @@ def test_plan_knows_that_exact_masks_do_not_vary() -> None:
     assert expected(model_with().config, None)["active_sd"] == pytest.approx((48 * 0.3 * 0.7) ** 0.5)
 
 
-@pytest.mark.parametrize("setting", [{"off_share": 0.1}, {"layers": [0]}, {"mask": "exact"}], ids=str)
+@pytest.mark.parametrize(
+    "setting", [{"off_share": 0.1}, {"layers": [0]}, {"mask": "exact"}, {"attention": "document"}], ids=str
+)
 def test_going_on_with_another_setting_is_refused(setting: dict[str, Any], tmp_path: Any) -> None:
     (name,) = setting
     save_config(model_with().config, tmp_path)
@@ -299,9 +354,8 @@ def test_going_on_with_another_setting_is_refused(setting: dict[str, Any], tmp_p
 def test_checkpoint_older_than_a_setting_had_its_default(tmp_path: Any) -> None:
     save_config(model_with().config, tmp_path)
     path = tmp_path / "model_config.yaml"
-    lines = [
-        line for line in path.read_text().splitlines() if not line.startswith(("sink_off", "sink_lay", "sink_mask:"))
-    ]
+    younger = ("sink_off", "sink_lay", "sink_mask:", "sink_att")
+    lines = [line for line in path.read_text().splitlines() if not line.startswith(younger)]
     path.write_text("\n".join(lines) + "\n")
     check_same_sinks(model_with().config, tmp_path)
     with pytest.raises(MemSinksError, match=r"sink_off_share = 0\.0, but this run has 0\.1"):

@@ -109,6 +109,7 @@ def test_checkpoint_carries_its_configuration_and_tokenizer(sink_run, prepared):
         "sink_off_share": 0.0,
         "sink_layers": None,
         "sink_mask": "bernoulli",
+        "sink_attention": "row",
         "sink_mask_version": 1,
         "sink_removed": "",
         "sink_removed_documents": 0,

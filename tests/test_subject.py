@@ -139,6 +139,7 @@ def test_facts_about_a_model_with_sinks(tmp_path):
         "off_share": 0.0,
         "layers": None,
         "mask": "bernoulli",
+        "attention": "row",
     }
     other = Subject.at("b", save(tmp_path / "b", sink_model(seed=4)))
     assert other.sha256 == subject.sha256  # the same weights

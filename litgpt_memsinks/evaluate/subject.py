@@ -243,6 +243,7 @@ def _sinks(model: BaseGPT) -> dict[str, Any] | None:
         "off_share": config.sink_off_share,
         "layers": config.sink_layers,
         "mask": config.sink_mask,
+        "attention": config.sink_attention,
     }
 
 

@@ -85,6 +85,7 @@ class GPT(BaseGPT):
         Raises:
             MemSinksError: In training mode without IDs, which would silently train the shared neurons only.
         """
+        documents = idx[..., 1] if idx.dim() == 3 else sequence_ids
         if idx.dim() == 3:
             if sequence_ids is None and self.training:
                 sequence_ids = self._trained_ids(idx[..., 0], idx[..., 1])
@@ -95,9 +96,12 @@ class GPT(BaseGPT):
             sinks = self._not_removed(sinks)
         elif sequence_ids is not None:
             sinks = self.sinks(sequence_ids)
-        if sinks is None or not self.config.n_sink:
+        attended = None
+        if self.config.sink_attention == "document" and documents is not None and documents.shape == idx.shape:
+            attended = within_documents(documents)
+        if (sinks is None or not self.config.n_sink) and attended is None:
             return super().forward(idx, input_pos, input_pos_maxp1, lm_head_chunk_size)
-        return self._forward_with_sinks(idx, sinks, input_pos, input_pos_maxp1, lm_head_chunk_size)
+        return self._forward_with_sinks(idx, sinks, attended, input_pos, input_pos_maxp1, lm_head_chunk_size)
 
     def sinks(self, sequence_ids: torch.Tensor) -> torch.Tensor:
         """The mask of the sinks that are on under this model's configuration.
@@ -140,7 +144,8 @@ class GPT(BaseGPT):
     def _forward_with_sinks(
         self,
         idx: torch.Tensor,
-        sinks: torch.Tensor,
+        sinks: torch.Tensor | None,
+        attended: torch.Tensor | None,
         input_pos: torch.Tensor | None,
         input_pos_maxp1: int | None,
         lm_head_chunk_size: int,
@@ -154,6 +159,7 @@ class GPT(BaseGPT):
         if self.max_seq_length < T:
             raise ValueError(f"Cannot forward sequence of length {T}, max seq length is only {self.max_seq_length}.")
         cos, sin, mask, input_pos_maxp1 = self._positions(T, input_pos, input_pos_maxp1)
+        mask = attended if input_pos is None else mask  # what is in the KV cache is of one document
         x = self.transformer.wte(idx)  # (B, T, n_embd)
         if self.config.scale_embeddings:
             x = x * torch.tensor(self.config.n_embd**0.5, dtype=x.dtype)
@@ -295,6 +301,22 @@ def first_rows(linear: nn.Linear, x: torch.Tensor, n: int) -> torch.Tensor:
 def first_columns(linear: nn.Linear, x: torch.Tensor, n: int) -> torch.Tensor:
     """``linear`` applied to its first ``n`` inputs only: ``(..., n)`` to ``(..., out_features)``."""
     return F.linear(x, linear.weight[:, :n], linear.bias)
+
+
+def within_documents(sequence_ids: torch.Tensor) -> torch.Tensor:
+    """What each token attends to if documents do not see each other: itself, and what is before it in its document.
+
+    Not in the paper. Two occurrences of one document are two documents, unless one directly follows the other.
+
+    Args:
+        sequence_ids: The ID of each token's document, integers of shape ``(B, T)``.
+
+    Returns:
+        bool of shape ``(B, 1, T, T)``: at ``[b, 0, t, s]`` whether token t attends to token s.
+    """
+    begins = F.pad(sequence_ids[:, 1:] != sequence_ids[:, :-1], (1, 0))
+    number = begins.cumsum(dim=-1)  # of the document in its row
+    return (number[:, None, :, None] == number[:, None, None, :]).tril()
 
 
 def switch_sinks(hidden: torch.Tensor, sinks: torch.Tensor, scale: float) -> torch.Tensor:

@@ -205,6 +205,7 @@ def describe(config: MemSinksConfig) -> str:
 def _beyond_the_paper(config: MemSinksConfig) -> str:
     """What `describe` says of settings that the paper does not have, where they are not left at their defaults."""
     said = ", exactly so many" * (config.sink_mask == "exact")
+    said += ", attention within documents" * (config.sink_attention == "document")
     said += f", off in {config.sink_off_share:g} of the rows" * bool(config.sink_off_share)
     return said + (f", in layers {', '.join(map(str, config.sink_layers))}" if config.sink_layers is not None else "")
 
