@@ -60,7 +60,10 @@ def test_grid_selects_the_lowest_mean():
     seeds = [found(), found()]
     seeds[1].measured["standard"] = arm([0.5], 2.4)
     choice = selected(one, seeds)
-    assert choice == {"by": "validation", "arm": "memsinks", "value": pytest.approx(2.1), "arms": 2}
+    assert choice == {"by": "validation", "arm": "memsinks", "value": pytest.approx(2.1), "arms": 2, "of": 2}
+    del seeds[1].measured["memsinks"]  # it diverged
+    choice = selected(one, seeds)
+    assert choice == {"by": "validation", "arm": "standard", "value": pytest.approx(2.2), "arms": 1, "of": 2}
     del seeds[1].measured["standard"]
     assert selected(one, seeds) is None
     assert selected(EXPERIMENTS["fig4"], seeds) is None
@@ -125,8 +128,10 @@ def test_paper_scale_is_gpt2_medium():
 
 
 def test_large_runs_take_the_papers_data_recipes():
-    for arm in EXPERIMENTS["fig6b"].arms:
-        recipe = _recipe(stream_settings(arm.stream, GPU, TEXTS, REPOSITORY / "recipes")["config"])
+    for arm in (*EXPERIMENTS["fig6b"].arms, *GRIDS["table6b"].arms):
+        made = stream_settings(arm.stream, GPU, TEXTS, REPOSITORY / "recipes")
+        recipe = _recipe(made["config"])
+        assert made["tokenizer_dir"] == "checkpoints/HuggingFaceTB/SmolLM-1.7B"
         assert recipe["sources"]["slimpajama_train"].fill_to == 2_000_000_000
         assert tokens_of(arm, GPU) is None
 
@@ -379,11 +384,13 @@ def test_page_has_the_papers_statement_beside_our_number():
 
 
 def test_page_names_the_selected_setting():
-    choice = {"by": "validation", "arm": "lr=0.006 wd=0.1", "value": 2.1, "arms": 9}
+    choice = {"by": "validation", "arm": "lr=0.006 wd=0.1", "value": 2.1, "arms": 9, "of": 9}
     page = report.page([result() | {"name": "table1", "checks": [], "selected": choice, "verdict": "selected"}])
     assert "| [table1](#table1-cpu-embedded) | Figure 4 | cpu-embedded | 2 | – | selected |" in page
     assert "Lowest validation loss of 9 settings: **lr=0.006 wd=0.1**, 2.100." in page
     assert "what should hold" not in page
+    page = report.page([result() | {"name": "table1", "checks": [], "selected": choice | {"arms": 7}}])
+    assert "Lowest validation loss of 7 of 9 settings, the others have none: **lr=0.006 wd=0.1**, 2.100." in page
 
 
 def test_other_files_are_neither_read_nor_replaced(tmp_path):

@@ -225,9 +225,9 @@ def test_grid_trains_what_it_names_and_selects(tiny, tmp_path, capsys):
     assert list(losses) == ["lr=0.006 g=0.25", "lr=6e-05 g=0.25"]
     assert losses["lr=0.006 g=0.25"] < losses["lr=6e-05 g=0.25"]  # which hardly learns
     assert result["selected"] == {"by": "validation", "arm": "lr=0.006 g=0.25", "arms": 2,
-                                  "value": losses["lr=0.006 g=0.25"]}  # fmt: skip
+                                  "of": 2, "value": losses["lr=0.006 g=0.25"]}  # fmt: skip
     assert result["verdict"] == "selected"
-    assert "lowest of 2: lr=0.006 g=0.25" in capsys.readouterr().out
+    assert "table3: lowest validation loss of 2: lr=0.006 g=0.25, " in capsys.readouterr().out
     assert (tmp_path / "cpu-embedded/table3/table3.svg").is_file()
     used = [yaml.safe_load((Path(one["folders"][0]) / "final/hyperparameters.yaml").read_text())
             for one in result["arms"]]  # fmt: skip

@@ -89,16 +89,20 @@ def test_settings_are_set_against_the_demos_references(tmp_path, monkeypatch, ca
         subprocess.run(command, check=True, capture_output=True)
     path = tmp_path / "settings.yaml"
     sinks = {"shared_fraction": 0.3, "off_share": 0.1, "layers": [1], "mask": "exact", "sinks_for": "repeated"}
-    path.write_text(yaml.safe_dump([{"name": "all", "sinks": sinks}, {"name": "noise", "id_noise": 0.5}]))
+    sinks["attention"] = "document"
+    without = {"name": "without", "left_out": True, "sinks": {"shared_fraction": 1.0}}
+    path.write_text(yaml.safe_dump([{"name": "all", "sinks": sinks}, {"name": "noise", "id_noise": 0.5}, without]))
     capsys.readouterr()
     frontier(tmp_path / "demo", path, tmp_path / "out", recipes)
     said = capsys.readouterr().out
     rows = json.loads((tmp_path / "out/found.json").read_text())
-    assert [row["name"] for row in rows] == ["all", "noise"]
+    assert [row["name"] for row in rows] == ["all", "noise", "without"]
+    assert rows[2]["gap_closed"] > 0.9  # it is the reference, but for the recipe's name
     assert all(2 < row["validation"] < 7 and row["extracted"] == 0 for row in rows)
     saved = yaml.safe_load((tmp_path / "out/all-seed1/final/model_config.yaml").read_text())
     assert (saved["sink_n_shared"], saved["sink_off_share"], saved["sink_layers"]) == (115, 0.1, [1])
     assert (saved["sink_mask"], saved["sink_sinks_for"]) == ("exact", "repeated")
+    assert saved["sink_attention"] == "document"
     noisy = json.loads((tmp_path / "out/data/id_noise_0.5" / MANIFEST).read_text())
     assert noisy["recipe"]["id_noise"] == 0.5
     written = (tmp_path / "out/all-seed1/final/lit_model.pth").stat().st_mtime_ns

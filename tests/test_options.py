@@ -330,9 +330,12 @@ def test_attention_that_takes_no_mask_is_refused(field: dict[str, Any]) -> None:
 
 def test_run_says_what_is_beyond_the_paper() -> None:
     said = describe(model_with(**ALL).config)
-    beyond = "exactly so many, attention within documents, off in 0.5 of the rows, in layers 1)"
+    beyond = "exactly so many, off in 0.5 of the rows, in layers 1, attention within documents)"
     assert f"(repeated documents, scale none, {beyond}" in said
     assert "scale none)." in describe(model_with().config)
+    for others in (SinkArgs(1.0, attention="document"), SinkArgs(0.25, method="mask_exact", attention="document")):
+        said = describe(MemSinksConfig.from_base(Config(**TINY_MODEL), others))
+        assert said.endswith(", attention within documents.")
 
 
 def test_plan_knows_that_exact_masks_do_not_vary() -> None:

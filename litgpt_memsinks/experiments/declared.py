@@ -5,6 +5,8 @@ from typing import Literal
 
 Setting = tuple[str, str]
 """A flag of ``litgpt pretrain`` without its dashes, and its value."""
+SmolLM = Literal["SmolLM-360M", "SmolLM-1.7B"]
+"""The paper's large models, as their publisher calls them."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,12 @@ class Stream:
     count; 0 is once. The number of tokens is the same for all"""
     recipe: str = ""
     """The data recipe that this is at the paper's scale, if it is not made of the scale's sizes"""
+    tokenizer_dir: str = ""
+    """The tokenizer at the paper's scale, if it is not the scale's"""
+
+    def at_paper_scale(self, model: SmolLM, data: str) -> "Stream":
+        """Make it that of the paper's large runs: with the data recipe ``data`` and the model's tokenizer."""
+        return replace(self, recipe=data, tokenizer_dir=f"checkpoints/HuggingFaceTB/{model}")
 
 
 @dataclass(frozen=True)
@@ -194,11 +202,11 @@ def _noises() -> tuple[Arm, ...]:
     )
 
 
-def _rare(size: str, paper: str) -> tuple[Arm, ...]:
+def _rare(size: str, paper: str, model: SmolLM) -> tuple[Arm, ...]:
     """Figure 6: the rare kind of text once, and repeated, with sinks and without; and all that twice as often."""
 
     def arm(name: str, recipe: str, stream: Stream, whole: str, data: str, standard: str) -> Arm:
-        at_scale = replace(stream, recipe=f"{paper}_slimpajama_tinystories{data}")
+        at_scale = stream.at_paper_scale(model, f"{paper}_slimpajama_tinystories{data}")
         return Arm(name, recipe, at_scale, size=size, standard=standard, paper_recipe=f"{paper}_{whole}")
 
     twice = "_20repeats"
@@ -415,7 +423,7 @@ _ALL = (
             "more repetition makes more of a difference."
         ),
         comment=_RARE_HERE,
-        arms=_rare("", "smollm360"),
+        arms=_rare("", "smollm360", "SmolLM-360M"),
         checks=_SIXTH,
         table=("validation", "validation_change", "repeated", "own", "memorisation_gap", "memorisation_gap_closed"),
         pictures=("losses",),
@@ -425,7 +433,7 @@ _ALL = (
         where="Figure 6b",
         statement="The same with SmolLM 1.7B on two billion tokens.",
         comment=f"On the CPU a model twice as wide as in Figure 6a. {_RARE_HERE}",
-        arms=_rare("large", "smollm1.7b"),
+        arms=_rare("large", "smollm1.7b", "SmolLM-1.7B"),
         checks=_SIXTH,
         table=("validation", "validation_change", "repeated", "own", "memorisation_gap", "memorisation_gap_closed"),
         pictures=("losses",),

@@ -253,8 +253,10 @@ def print_outcome(result: dict[str, Any]) -> None:
     for check in result["checks"]:
         table.add_row(check["says"], *(shown(check[side]) for side in ("left", "right")), check["outcome"])
     if choice := result.get("selected"):
-        table.add_row(f"lowest of {choice['arms']}: {choice['arm']}", f"{choice['value']:.3f}", "–", choice["by"])
-    _console().print(table)
+        label = result["labels"][choice["by"]]
+        print(f"{result['name']}: lowest {label} of {choice['arms']}: {choice['arm']}, {choice['value']:.3f}")
+    else:
+        _console().print(table)
     for line in (*result["failed"], *result["notes"]):
         print(f"  {line}")
 

@@ -104,11 +104,11 @@ def _grid(one: Experiment, found: Sequence[Found]) -> Chart:
     shown = {"all settings": [arm.name for arm in one.arms]} | ({choice["arm"]: [choice["arm"]]} if choice else {})
     series = []
     for slot, (label, names) in enumerate(shown.items()):
-        x, y = (
-            [number for name in names for number in _numbers(found, measure, name)]
-            for measure in (one.selected_by, "repeated")
-        )
-        if x and len(x) == len(y):
+        pairs = [tuple(value(seed, measure, name) for measure in (one.selected_by, "repeated"))
+                 for name in names for seed in found]  # fmt: skip
+        pairs = [pair for pair in pairs if all(map(math.isfinite, pair))]
+        if pairs:
+            x, y = map(list, zip(*pairs, strict=True))
             series.append(Series(label, x, y, slot))
     by = MEASURES[one.selected_by].label
     return Chart("grid", "Selected: the lowest", "", Axis(by), Axis(f"repeated documents' {LOSS}"), series)

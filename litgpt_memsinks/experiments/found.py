@@ -41,10 +41,9 @@ def groups(one: Experiment) -> dict[str, list[str]]:
     return found
 
 
-def asked_documents(workplace: Workplace, planned: Sequence[Planned], arm: str) -> Asked | None:
-    """The documents of the stream of an arm; ``None`` if it was not planned."""
-    run = next((run for run in planned if run.arm.name == arm), None)
-    return None if run is None else ask_prepared(workplace.stream(run.arm), None)
+def asked_documents(one: Experiment, workplace: Workplace, asked_arm: str) -> Asked:
+    """The documents of the stream of an arm, whether it could be trained or not."""
+    return ask_prepared(workplace.stream(next(arm for arm in one.arms if arm.name == asked_arm)), None)
 
 
 def measure_seed(
@@ -67,10 +66,10 @@ def measure_seed(
     notes: list[str] = []
     for asked_arm, names in groups(one).items():
         found.asked_of |= dict.fromkeys(names, asked_arm)
-        asked = asked_documents(workplace, runs, asked_arm)
         present = [name for name in names if name in by_name]
-        if asked is None or not present:
+        if not present:
             continue
+        asked = asked_documents(one, workplace, asked_arm)
         plan = Plan(("losses",), by_name[present[0]].block_size)
         roles = _roles([by_name[name] for name in present])
         subjects = [Subject.at(name, by_name[name].final, roles.get(name)) for name in present]
@@ -154,9 +153,9 @@ def write_evaluations(
     """Write ``results.json``, format 2, of the arms that are measured in all seeds; one for each set of documents."""
     for place, (asked_arm, names) in enumerate(groups(one).items()):
         present = [name for name in names if all(name in seed.measured for seed in found)]
-        asked = asked_documents(workplace, planned, asked_arm)
-        if asked is None or not present:
+        if not present:
             continue
+        asked = asked_documents(one, workplace, asked_arm)
         seeds = [{name: seed.measured[name] for name in present} for seed in found]
         block = next(run.block_size for run in planned if run.arm.name == present[0])
         plan = Plan(("losses",), block)

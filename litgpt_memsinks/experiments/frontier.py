@@ -51,6 +51,8 @@ class Setting:
     """What ``data.sinks`` has besides or instead of what the recipe ``memsinks`` of the demo says"""
     id_noise: float = 0.0
     """Share of the occurrences of repeated documents that get a random ID in training"""
+    left_out: bool = False
+    """Train on the demo's stream without the repeated documents: what settings of more than sinks are set against"""
 
 
 @dataclass
@@ -88,7 +90,7 @@ def frontier(
 
     Args:
         demo: Folder of a finished `litgpt-memsinks demo` with as many seeds.
-        settings: YAML list of settings: name, sinks, id_noise.
+        settings: YAML list of settings: name, sinks, id_noise, left_out.
         out_dir: Folder for runs, noisy streams and found.json.
         recipes: Folder of the demo's recipes.
         seeds: Number of training seeds.
@@ -104,7 +106,7 @@ def frontier(
     rows: list[Found] = []
     for setting in chosen:
         for seed in range(1, seeds + 1):
-            stream = _stream(demo, out_dir, setting.id_noise)
+            stream = demo / "data" / "left_out" if setting.left_out else _stream(demo, out_dir, setting.id_noise)
             train(setting, stream, out_dir, recipes / f"{ARM}.yaml", seed, block_size)
             rows.append(look(setting, demo, out_dir, seed, asked, block_size))
             print(_row(rows[-1]), flush=True)
@@ -123,7 +125,7 @@ def read_settings(path: Path, only: str = "") -> list[Setting]:
         settings = [Setting(**one) for one in content]
     except TypeError as error:
         raise MemSinksError(
-            f"{str(path)!r} is no list of settings with name, sinks and id_noise ({error}). Give one such as "
+            f"{str(path)!r} is no list of settings with name, sinks, id_noise and left_out ({error}). Give one such as "
             "recipes/frontier/settings.yaml."
         ) from error
     names = [setting.name for setting in settings]

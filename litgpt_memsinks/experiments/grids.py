@@ -3,7 +3,17 @@
 from dataclasses import replace
 from itertools import product
 
-from litgpt_memsinks.experiments.declared import EXPERIMENTS, MEMSINKS, RARE, STANDARD, STREAM, Arm, Experiment, Setting
+from litgpt_memsinks.experiments.declared import (
+    EXPERIMENTS,
+    MEMSINKS,
+    RARE,
+    STANDARD,
+    STREAM,
+    Arm,
+    Experiment,
+    Setting,
+    SmolLM,
+)
 
 LEARNING_RATES = (6e-5, 6e-4, 6e-3)
 WEIGHT_DECAYS = (1e-5, 1e-3, 1e-1)
@@ -12,7 +22,7 @@ Axis = tuple[str, tuple[float, ...], tuple[str, ...]]
 """Name in an arm's name, values, and the flags of `litgpt pretrain` that take one"""
 
 _OPTIMIZER: tuple[Axis, ...] = (
-    ("lr", LEARNING_RATES, ("optimizer.init_args.lr", "train.min_lr")),  # the smallest rate is the largest
+    ("lr", LEARNING_RATES, ("optimizer.init_args.lr", "train.min_lr")),  # constant after warm-up
     ("wd", WEIGHT_DECAYS, ("optimizer.init_args.weight_decay",)),
 )
 
@@ -50,8 +60,9 @@ def _table(name: str, where: str, says: str, by: str, arms: tuple[Arm, ...], com
     )
 
 
-def _smollm(name: str, where: str, model: str, size: str, recipe: str) -> Experiment:
-    base = Arm("", "memsinks", RARE, size=size, paper_recipe=f"{recipe}_memsinks")
+def _smollm(name: str, where: str, model: SmolLM, size: str, recipe: str) -> Experiment:
+    stream = RARE.at_paper_scale(model, f"{recipe}_slimpajama_tinystories")
+    base = Arm("", "memsinks", stream, size=size, paper_recipe=f"{recipe}_memsinks")
     says = f"Sinks in {model}: g and p by validation loss with sinks dropped."
     return _table(name, where, says, "validation", grid(base, _g(0.95, 0.9, 0.7, 0.5), _p(0.1, 0.3, 0.5)), _SMOLLM)
 
@@ -70,8 +81,8 @@ _ALL = (
         *("table3", "Table 3", "Sinks: learning rate, weight decay, g and p by validation loss with sinks dropped."),
         *("validation", grid(MEMSINKS, *_OPTIMIZER, _g(0.1, 0.3, 0.5, 0.7), _p(0.1, 0.3, 0.5, 0.7))),
     ),
-    _smollm("table6a", "Table 6, 360M", "SmolLM 360M", "", "smollm360"),
-    _smollm("table6b", "Table 6, 1.7B", "SmolLM 1.7B", "large", "smollm1.7b"),
+    _smollm("table6a", "Table 6, 360M", "SmolLM-360M", "", "smollm360"),
+    _smollm("table6b", "Table 6, 1.7B", "SmolLM-1.7B", "large", "smollm1.7b"),
 )
 
 GRIDS = {one.name: one for one in _ALL}

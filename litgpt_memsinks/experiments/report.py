@@ -145,7 +145,7 @@ def _section(result: dict[str, Any], folder: Path | None) -> list[str]:
         lines += ["", f"![{result['where']}]({(FIGURES / _figure(result)).as_posix()})"]
     lines += ["", DECLARED[result["name"]].comment, ""]  # written after the numbers are known
     lines += [f"- Failed: {line}" for line in result["failed"]]
-    lines += [f"- Not measured: {line}" for line in result["notes"]]
+    lines += [f"- Note: {line}" for line in result["notes"]]
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
     lines += [f"- `{result['command']}`, {result['date'][:10]}, {result['hardware']}; {versions}."]
     return [*lines, *_sizes(result)]
@@ -191,7 +191,8 @@ def _checks(result: dict[str, Any]) -> list[str]:
 def _selected(result: dict[str, Any]) -> list[str]:
     choice = result["selected"]
     label, number = result["labels"][choice["by"]], _number(choice["value"], False)
-    return [f"Lowest {label} of {choice['arms']} settings: **{choice['arm']}**, {number}."]
+    which = "settings" if choice["arms"] == choice["of"] else f"of {choice['of']} settings, the others have none"
+    return [f"Lowest {label} of {choice['arms']} {which}: **{choice['arm']}**, {number}."]
 
 
 def _values(result: dict[str, Any]) -> list[str]:

@@ -87,16 +87,20 @@ def content(
 
 
 def selected(one: Experiment, found: Sequence[Found]) -> dict[str, Any] | None:
-    """The arm of a grid with the least mean over seeds; ``None`` without a grid, or if an arm lacks its number."""
+    """The arm of a grid with the least mean over seeds; ``None`` without a grid, or without a number.
+
+    An arm that lacks its number, because it diverged, say, is not chosen.
+    """
     means = {
         arm.name: math.fsum(value(seed, one.selected_by, arm.name) for seed in found) / len(found)
         for arm in one.arms
         if one.selected_by
     }
-    if not means or any(map(math.isnan, means.values())):
+    there = {name: mean for name, mean in means.items() if math.isfinite(mean)}
+    if not there:
         return None
-    best = min(means, key=lambda name: means[name])
-    return {"by": one.selected_by, "arm": best, "value": means[best], "arms": len(means)}
+    best = min(there, key=lambda name: there[name])
+    return {"by": one.selected_by, "arm": best, "value": there[best], "arms": len(there), "of": len(means)}
 
 
 def theorem_content(one: Experiment, setup: Any, verdicts: Sequence[TheoremVerdict]) -> dict[str, Any]:

@@ -264,7 +264,7 @@ def stream_settings(stream: Stream, scale: Scale, texts: Texts, recipes: Path) -
         path = recipes / "data" / f"{stream.recipe}.yaml"
         if not path.is_file():
             raise MemSinksError(f"There is no data recipe {str(path)!r}. Run in the repository, or give --recipes DIR.")
-        return {"config": path.read_text(encoding="utf-8")}
+        return {"config": path.read_text(encoding="utf-8"), "tokenizer_dir": stream.tokenizer_dir}
     if stream.rare_repeats is not None:
         return {
             "sources": {
@@ -322,7 +322,7 @@ def prepare_stream(settings: dict[str, Any], texts: Texts, out_dir: Path) -> Non
     if (out_dir / MANIFEST).is_file():
         return
     if "config" in settings:
-        prepare(**_recipe(settings["config"]), tokenizer_dir=texts.tokenizer_dir, out_dir=out_dir)
+        prepare(**_recipe(settings["config"]), tokenizer_dir=Path(settings["tokenizer_dir"]), out_dir=out_dir)
         return
     given = dict(settings)
     given["sources"] = {name: Source(**values) for name, values in given["sources"].items()}

@@ -69,8 +69,9 @@ class GPT(BaseGPT):
 
         Args:
             idx: Tokens ``(B, T)``, or (token, sequence ID) pairs ``(B, T, 2)`` as `data.py` yields them. In training
-                the pairs' IDs choose the sinks. In eval mode they are ignored: sinks are dropped, so that the stock
-                validation loss is that of the model that will be released.
+                the pairs' IDs choose the sinks. In eval mode they do not: sinks are dropped, so that the stock
+                validation loss is that of the model that will be released. Under ``attention: document`` they say in
+                both which tokens see each other.
             input_pos: Positions for the KV cache, see ``litgpt.GPT.forward``.
             input_pos_maxp1: See ``litgpt.GPT.forward``.
             lm_head_chunk_size: See ``litgpt.GPT.forward``.
@@ -306,7 +307,8 @@ def first_columns(linear: nn.Linear, x: torch.Tensor, n: int) -> torch.Tensor:
 def within_documents(sequence_ids: torch.Tensor) -> torch.Tensor:
     """What each token attends to if documents do not see each other: itself, and what is before it in its document.
 
-    Not in the paper. Two occurrences of one document are two documents, unless one directly follows the other.
+    Not in the paper. A document is what has one ID without a break: two occurrences are two documents, unless one
+    directly follows the other.
 
     Args:
         sequence_ids: The ID of each token's document, integers of shape ``(B, T)``.

@@ -386,9 +386,9 @@ def read_units(
     workers = min(num_workers, len(missing))
     reader.threads = num_workers // workers
     with (
+        ThreadPoolExecutor(1) as meanwhile,  # entered first: after an error, workers are told before it is waited for
         _workers(reader, workers) as (pool, counters),
         _progress(units, done, counters) as redraw,
-        ThreadPoolExecutor(1) as meanwhile,
     ):
         running: dict[Future[None], str] = {}
         while True:

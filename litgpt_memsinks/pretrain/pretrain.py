@@ -187,17 +187,18 @@ def describe(config: MemSinksConfig) -> str:
     """One line that says which neurons are sinks, with g as realised."""
     size = config.intermediate_size
     assert size is not None  # set by Config.__post_init__
+    within = ", attention within documents" * (config.sink_attention == "document")
     if not config.n_sink:
-        return f"MemSinks: no sinks (shared_fraction 1.0), all {size} neurons of each MLP are shared."
+        return f"MemSinks: no sinks (shared_fraction 1.0), all {size} neurons of each MLP are shared{within}."
     if config.sink_method != "memsinks":
         return (
             f"Gradient masking ({config.sink_method}): repeated documents train {config.n_sink} of {size} neurons of "
-            f"each MLP, all others the other {config.n_shared} (g = {config.n_shared / size:.3f})."
+            f"each MLP, all others the other {config.n_shared} (g = {config.n_shared / size:.3f}){within}."
         )
     return (
         f"MemSinks: {config.n_shared} of {size} neurons of each MLP are shared (g = {config.n_shared / size:.3f}), "
         f"{config.n_sink} are sinks, each on for a document with p = {config.sink_active_probability:g} "
-        f"({config.sink_sinks_for} documents, scale {config.sink_scale}{_beyond_the_paper(config)})."
+        f"({config.sink_sinks_for} documents, scale {config.sink_scale}{_beyond_the_paper(config)}{within})."
         + (f" {int(removed_mask(config).sum())} of them were removed and stay off." if config.sink_removed else "")
     )
 
@@ -205,7 +206,6 @@ def describe(config: MemSinksConfig) -> str:
 def _beyond_the_paper(config: MemSinksConfig) -> str:
     """What `describe` says of settings that the paper does not have, where they are not left at their defaults."""
     said = ", exactly so many" * (config.sink_mask == "exact")
-    said += ", attention within documents" * (config.sink_attention == "document")
     said += f", off in {config.sink_off_share:g} of the rows" * bool(config.sink_off_share)
     return said + (f", in layers {', '.join(map(str, config.sink_layers))}" if config.sink_layers is not None else "")
 
