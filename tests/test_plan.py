@@ -341,6 +341,7 @@ TINY = SinkArgs(shared_fraction=0.5, active_probability=0.3)
             ["were left out", "no sink is ever on"],
         ),
         (TINY, FINE, 5e-4, ["learning rate is 0.0005", "1e-3"]),
+        (replace(TINY, attention="document"), FINE, 3e-3, ["attention is document", "(rows, 1, T, T)"]),
     ],
 )
 def test_what_is_known_not_to_work_is_said_in_one_sentence(

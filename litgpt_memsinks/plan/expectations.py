@@ -102,6 +102,11 @@ def sink_warnings(
         data: The prepared data; ``None``: not there yet.
     """
     found = _rate_warnings(config, parameters, learning_rate)
+    if config.sink_attention == "document":
+        found.append(
+            "sinks.attention is document, but the memory of its masks, (rows, 1, T, T) for each layer, is not counted "
+            "here, so try a few steps at full size first (docs/frontier.md)."
+        )
     if not config.n_sink or config.sink_method != "memsinks":
         return found
     found += _model_warnings(config)
