@@ -215,6 +215,7 @@ def test_large_runs_are_the_papers_recipes_as_they_are(tmp_path):
         ]  # fmt: skip
 
 
+@pytest.mark.long  # what selects, and what a flag of the optimizer does, is tested without it
 def test_grid_trains_what_it_names_and_selects(tiny, tmp_path, capsys):
     arms = grid(Arm("", "memsinks", STANDARD.stream), ("lr", (6e-3, 6e-5), ("optimizer.init_args.lr", "train.min_lr")),
                 ("g", (0.25,), ("data.sinks.shared_fraction",)))  # fmt: skip

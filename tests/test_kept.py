@@ -79,7 +79,7 @@ def test_union_is_the_model_with_that_mask(kind, scale, ids, tmp_path):
     masks = [model.sinks(torch.tensor([number])) for number in ids]
     union = torch.stack(masks).any(dim=0)
     assert union.sum() > max(mask.sum() for mask in masks)
-    expected = model._forward_with_sinks(tokens, union, None, None, 0)
+    expected = model(tokens, sinks=union)
     torch.testing.assert_close(stock(tmp_path / "out")(tokens), expected, **CLOSE)
 
 
@@ -105,7 +105,7 @@ def test_of_a_source_and_of_texts(sinks_for, table, prepared, corpus_dir, tmp_pa
         done = drop_sinks(tmp_path / "in", tmp_path / name, data_path=prepared, certificate=False, **chosen)
         assert done.kept.ids == sorted(row["sequence_id"] % 2**31 for row in rows)
         union = model.sinks(torch.tensor([row["sequence_id"] for row in rows])).any(dim=0, keepdim=True)
-        expected = model._forward_with_sinks(tokens, union, None, None, 0)
+        expected = model(tokens, sinks=union)
         torch.testing.assert_close(stock(tmp_path / name)(tokens), expected, **CLOSE)
 
 
