@@ -97,7 +97,8 @@ def test_settings_are_set_against_the_demos_references(tmp_path, monkeypatch, ca
     said = capsys.readouterr().out
     rows = json.loads((tmp_path / "out/found.json").read_text())
     assert [row["name"] for row in rows] == ["all", "noise", "without"]
-    assert rows[2]["gap_closed"] > 0.9  # it is the reference, but for the recipe's name
+    command = (tmp_path / "out/without-seed1/train.log").read_text().splitlines()[0].split()
+    assert command[command.index("--data.data_path") + 1] == str(tmp_path / "demo/data/left_out")
     assert all(2 < row["validation"] < 7 and row["extracted"] == 0 for row in rows)
     saved = yaml.safe_load((tmp_path / "out/all-seed1/final/model_config.yaml").read_text())
     assert (saved["sink_n_shared"], saved["sink_off_share"], saved["sink_layers"]) == (115, 0.1, [1])
