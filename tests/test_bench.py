@@ -1,12 +1,16 @@
 """`make bench`: what it measures is what it says. Its figures are never asserted."""
 
 import json
+import math
+import subprocess
+import sys
 
 import pytest
 import torch
 from litgpt.model import GPT as BaseGPT
 
 from litgpt_memsinks.bench import bench
+from litgpt_memsinks.bench import data as bench_data
 from litgpt_memsinks.bench import evaluate as bench_evaluate
 from litgpt_memsinks.bench import generate as bench_generate
 from litgpt_memsinks.bench import loader as bench_loader
@@ -171,3 +175,50 @@ def test_extractors_continue_alike_and_scorers_see_the_same_tokens(tiny_config, 
     assert [one["ratio"] for one in measured if "again" not in one["contender"]][::2] == [1.0, 1.0]
     assert len(measured) == 6
     assert "32 at a time" in capsys.readouterr().out
+
+
+def test_pairs_compare_cpu_time_and_begin_in_turns(tmp_path, monkeypatch):
+    started = []
+
+    def start(contender, inputs, tokenizer_dir, out_dir, workers, memory, env):
+        started.append((contender, out_dir.name, memory, env["TOKENIZERS_PARALLELISM"]))
+
+    monkeypatch.setattr(bench_data, "_start", start)
+    monkeypatch.setattr(
+        bench_data, "_figures", lambda process, contender, out_dir: {"cpu_seconds": {"a": 8.0, "b": 10.0}[contender]}
+    )
+    ratios = [bench_data._cpu_ratio(("a", "b"), turn, tmp_path, tmp_path, tmp_path, 2) for turn in (0, 1)]
+    assert ratios == [0.8, 0.8]
+    a, b = ("a", "out-0", False, "false"), ("b", "out-1", False, "false")
+    assert started == [a, b, b, a]
+
+
+def test_pairs_are_summed_up_by_their_logarithms():
+    found = bench_data._pair(("a", "b"), 3, [0.5, 2.0])
+    assert found.cpu_speed == pytest.approx(1.0)
+    # -log 2 and log 2 deviate by sqrt(2) log 2, divided by sqrt(2)
+    assert found.standard_error == pytest.approx(math.log(2))
+    assert bench_data._pair(("a", "b"), 3, [0.5]) == bench_data.Pair("a", "b", 3, 0.5, None)
+
+
+def test_a_contender_that_fails_is_named(tmp_path):
+    (tmp_path / "out.out").touch()
+    with open(tmp_path / "out.err", "wb") as err:
+        process = subprocess.Popen([sys.executable, "-c", "raise KeyError('a tokenizer')"], stderr=err)
+    with pytest.raises(MemSinksError, match="plain litdata failed: KeyError: 'a tokenizer'"):
+        bench_data._figures(process, "plain litdata", tmp_path / "out")
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_preparing_is_measured_against_plain_litdata(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench_data, "_STORIES", 400)
+    bench_data.bench_data(files=2, rounds=1, growth=2, num_workers=2, out_file=tmp_path / "data.json")
+    found = json.loads((tmp_path / "data.json").read_text())
+    assert [one["contender"] for one in found["measurements"]] == [*bench_data.CONTENDERS, "ours"]
+    assert found["measurements"][0]["wall_speed"] == found["measurements"][0]["cpu_speed"] == 1.0
+    assert found["measurements"][-1]["tokens"] == 2 * found["measurements"][0]["tokens"]
+    assert all(one["peak_memory"] > 1e8 for one in found["measurements"])
+    assert [(one["base"], one["contender"]) for one in found["pairs"]] == list(bench_data.PAIRS)
+    assert all(one["cpu_speed"] > 0 for one in found["pairs"])
+    assert "Two at once" in capsys.readouterr().out

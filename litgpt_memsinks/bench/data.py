@@ -4,9 +4,14 @@ Each contender runs in a process of its own, in turns. `plain litdata` tokenises
 worker by `tokenizers`' own batch encoding, but has no document IDs, repeats, shuffle, tables or checks. It runs twice,
 and the second one's ratio to the first is the control. To tell what IDs and all the rest cost, both run with the same
 tokenisation as well: ours with `tokenizers`' batch encoding, plain litdata with our encoder (`encoding.py`).
+
+A machine that is faster in one minute than in the next makes such ratios vary by more than what IDs cost. So contenders
+with the same tokenisation also run in pairs, both at once on the same cores, and their CPU times are compared: whatever
+slows one down slows down the other.
 """
 
 import json
+import math
 import os
 import resource
 import shutil
@@ -17,6 +22,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from importlib.metadata import version
@@ -47,6 +53,12 @@ CONTENDERS = (
     "ours",
     "litgpt prepare_slimpajama",
 )
+PAIRS = (
+    ("plain litdata", "plain litdata again"),
+    ("plain litdata", "ours, tokenizers' encoding"),
+    ("plain litdata, our encoder", "ours"),
+)
+"""What runs at once: the control, and the contenders with the same tokenisation."""
 _STORIES = 4000  # in each made-up file
 _SAMPLED_EVERY = 0.5  # seconds; the kernel walks all pages of a process for its memory, and stops it meanwhile
 _CHUNK_BYTES = 16_000_000  # so that a small corpus fills some, and a larger one takes no more memory for that reason
@@ -71,6 +83,22 @@ class Measurement:
     """Median over the rounds of the wall time of plain litdata divided by this contender's: above 1 is faster"""
     cpu_speed: float
     """The same of CPU time"""
+
+
+@dataclass
+class Pair:
+    """Two contenders that ran at once on the same cores."""
+
+    base: str
+    """The one that the other is compared to"""
+    contender: str
+    """The other"""
+    files: int
+    """Files that each read"""
+    cpu_speed: float
+    """CPU time of the first divided by the second's, geometric mean over the rounds: above 1, the second is faster"""
+    standard_error: float | None
+    """Of the logarithm of that, so about a share of it; ``None`` of one round"""
 
 
 def bench_data(
@@ -115,12 +143,18 @@ def bench_data(
         for contender, count in track(turns, "Preparing", transient=True):
             figures = _in_own_process(contender, inputs[count], tokenizer_dir, work / "out", workers)
             found.setdefault((contender, count), []).append(figures)
+        at_once = [(pair, turn) for turn in range(rounds) for pair in PAIRS]
+        ratios: dict[tuple[str, str], list[float]] = {pair: [] for pair in PAIRS}
+        for pair, turn in track(at_once, "Preparing, two at once", transient=True):
+            ratios[pair].append(_cpu_ratio(pair, turn, inputs[files], tokenizer_dir, work, workers))
     measurements = [_summary(contender, count, found, files) for contender, count in found]
+    pairs = [_pair(pair, files, ratios[pair]) for pair in PAIRS]
     _print(measurements, rounds, workers)
+    _print_pairs(pairs, rounds)
     if out_file is not None:
         versions = {name: version(name) for name in ("litdata", "litgpt", "litgpt-memsinks", "tokenizers")}
-        content = {"num_workers": workers, "versions": versions, "measurements": [asdict(one) for one in measurements]}
-        write_json(out_file, content)
+        figures = {"measurements": [asdict(one) for one in measurements], "pairs": [asdict(one) for one in pairs]}
+        write_json(out_file, {"num_workers": workers, "versions": versions, **figures})
 
 
 def _summary(contender: str, count: int, found: dict[tuple[str, int], list[dict[str, Any]]], files: int) -> Measurement:
@@ -139,6 +173,12 @@ def _summary(contender: str, count: int, found: dict[tuple[str, int], list[dict[
         wall_speed=ratio("seconds") * runs[0]["tokens"] / plain[0]["tokens"],
         cpu_speed=ratio("cpu_seconds") * runs[0]["tokens"] / plain[0]["tokens"],
     )
+
+
+def _pair(pair: tuple[str, str], files: int, ratios: list[float]) -> Pair:
+    logs = [math.log(ratio) for ratio in ratios]
+    error = statistics.stdev(logs) / math.sqrt(len(logs)) if len(logs) > 1 else None
+    return Pair(*pair, files, math.exp(statistics.mean(logs)), error)
 
 
 # ---------------------------------------------------------------------------------------------------------- contenders
@@ -227,17 +267,57 @@ _RUNS: dict[str, Callable[[Path, Path, Path, int], None]] = {
 
 
 def _in_own_process(contender: str, inputs: Path, tokenizer_dir: Path, out_dir: Path, workers: int) -> dict[str, Any]:
+    figures = _figures(_start(contender, inputs, tokenizer_dir, out_dir, workers, memory=True), contender, out_dir)
+    return figures | {"tokens": count_tokens(inputs, tokenizer_dir)}
+
+
+def _cpu_ratio(pair: tuple[str, str], turn: int, inputs: Path, tokenizer_dir: Path, work: Path, workers: int) -> float:
+    """Run two contenders at once; the first one's CPU time divided by the second's. They begin in turns."""
+    runs = [(contender, work / f"out-{number}") for number, contender in enumerate(pair)]
+    order = runs[:: -1 if turn % 2 else 1]
+    # their CPU time would not be comparable if one tokenised with more threads than it has workers
+    one_thread = {"TOKENIZERS_PARALLELISM": "false"}
+    started = [
+        _start(contender, inputs, tokenizer_dir, out_dir, workers, memory=False, env=one_thread)
+        for contender, out_dir in order
+    ]
+    cpu = {
+        contender: _figures(process, contender, out_dir)["cpu_seconds"]
+        for process, (contender, out_dir) in zip(started, order, strict=True)
+    }
+    ratio: float = cpu[pair[0]] / cpu[pair[1]]
+    return ratio
+
+
+def _start(
+    contender: str,
+    inputs: Path,
+    tokenizer_dir: Path,
+    out_dir: Path,
+    workers: int,
+    memory: bool,
+    env: dict[str, str] | None = None,
+) -> subprocess.Popen[bytes]:
     shutil.rmtree(out_dir, ignore_errors=True)
-    what = json.dumps([contender.removesuffix(" again"), str(inputs), str(tokenizer_dir), str(out_dir), workers])
+    what = [contender.removesuffix(" again"), str(inputs), str(tokenizer_dir), str(out_dir), workers, memory]
     code = "import sys; from litgpt_memsinks.bench.data import measure_here; measure_here(sys.argv[1])"
     scratch = {"DATA_OPTIMIZER_CACHE_FOLDER": f"{out_dir}-cache", "DATA_OPTIMIZER_DATA_CACHE_FOLDER": f"{out_dir}-data"}
-    result = subprocess.run(
-        [sys.executable, "-c", code, what], capture_output=True, text=True, env=os.environ | scratch
-    )
-    if result.returncode:
-        raise MemSinksError(f"{contender} failed: {(result.stderr.strip().splitlines() or ['no output'])[-1]}")
-    figures: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
-    figures["tokens"] = count_tokens(inputs, tokenizer_dir)
+    with open(f"{out_dir}.out", "wb") as out, open(f"{out_dir}.err", "wb") as err:
+        return subprocess.Popen(
+            [sys.executable, "-c", code, json.dumps(what)],
+            stdout=out,
+            stderr=err,
+            env=os.environ | scratch | (env or {}),
+        )
+
+
+def _figures(process: subprocess.Popen[bytes], contender: str, out_dir: Path) -> dict[str, Any]:
+    """Wait for a contender, and read what it printed last."""
+    code = process.wait()
+    out, err = (Path(f"{out_dir}.{name}").read_text().strip().splitlines() for name in ("out", "err"))
+    if code:
+        raise MemSinksError(f"{contender} failed: {(err or ['no output'])[-1]}")
+    figures: dict[str, Any] = json.loads(out[-1])
     return figures
 
 
@@ -258,9 +338,9 @@ def count_tokens(inputs: Path, tokenizer_dir: Path) -> int:
 
 def measure_here(what: str) -> None:
     """Run one contender in this process and print its figures as JSON."""
-    contender, inputs, tokenizer_dir, out_dir, workers = json.loads(what)
+    contender, inputs, tokenizer_dir, out_dir, workers, memory = json.loads(what)
     run = _RUNS[contender]
-    with _peak_memory() as peak:
+    with _peak_memory() if memory else nullcontext([0]) as peak:
         started = time.perf_counter()
         run(Path(inputs), Path(tokenizer_dir), Path(out_dir), workers)
         seconds = time.perf_counter() - started
@@ -356,3 +436,13 @@ def _print(measurements: list[Measurement], rounds: int, workers: int) -> None:
         )
     Console(width=120).print(table)
     print('Speeds are tokens per second as a ratio to plain litdata. "again" is the control. Peak: of all processes.')
+
+
+def _print_pairs(pairs: list[Pair], rounds: int) -> None:
+    table = Table(title=f"Two at once on the same cores, {rounds} rounds", title_justify="left")
+    for name in ("contender", "against", "CPU speed", "standard error"):
+        table.add_column(name, justify="left" if name in ("contender", "against") else "right")
+    for one in pairs:
+        error = "" if one.standard_error is None else f"{one.standard_error:.3f}"
+        table.add_row(one.contender, one.base, f"{one.cpu_speed:.3f}", error)
+    Console(width=120).print(table)

@@ -24,7 +24,7 @@ def digest(tokens: npt.NDArray[np.int32]) -> int:
     Returns:
         Unsigned 64-bit integer.
     """
-    return xxhash.xxh3_64_intdigest(tokens.astype("<u4").tobytes())
+    return xxhash.xxh3_64_intdigest(np.ascontiguousarray(tokens, dtype="<u4").data)
 
 
 def noisy_ids(ids: npt.NDArray[np.int32], probability: float, drawn: npt.NDArray[np.uint64]) -> npt.NDArray[np.int32]:
