@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 
@@ -177,20 +178,21 @@ def test_extractors_continue_alike_and_scorers_see_the_same_tokens(tiny_config, 
     assert "32 at a time" in capsys.readouterr().out
 
 
-def test_pairs_compare_cpu_time_and_begin_in_turns(tmp_path, monkeypatch):
+def test_pairs_compare_cpu_time_core_by_core_and_begin_in_turns(tmp_path, monkeypatch):
     started = []
 
-    def start(contender, inputs, tokenizer_dir, out_dir, workers, memory, env):
-        started.append((contender, out_dir.name, memory, env["TOKENIZERS_PARALLELISM"]))
+    def start(contender, inputs, tokenizer_dir, out_dir, workers, core):
+        started.append((contender, core))
+        assert (workers, out_dir.parent) == (2, tmp_path)
+        return {("a", 4): 8.0, ("b", 4): 10.0, ("a", 5): 9.0, ("b", 5): 6.0}[contender, core]
 
+    monkeypatch.setattr(bench_data, "_cores", lambda: [4, 5, 6])
     monkeypatch.setattr(bench_data, "_start", start)
-    monkeypatch.setattr(
-        bench_data, "_figures", lambda process, contender, out_dir: {"cpu_seconds": {"a": 8.0, "b": 10.0}[contender]}
-    )
-    ratios = [bench_data._cpu_ratio(("a", "b"), turn, tmp_path, tmp_path, tmp_path, 2) for turn in (0, 1)]
-    assert ratios == [0.8, 0.8]
-    a, b = ("a", "out-0", False, "false"), ("b", "out-1", False, "false")
-    assert started == [a, b, b, a]
+    monkeypatch.setattr(bench_data, "_figures", lambda process, contender, out_dir: {"cpu_seconds": process})
+    for turn in (0, 1):
+        assert bench_data._cpu_ratios(("a", "b"), turn, tmp_path, tmp_path, tmp_path) == [0.8, 1.5]
+    first, second = [("b", 4), ("a", 4), ("a", 5), ("b", 5)], [("a", 4), ("b", 4), ("b", 5), ("a", 5)]
+    assert started == first + second
 
 
 def test_pairs_are_summed_up_by_their_logarithms():
@@ -198,7 +200,22 @@ def test_pairs_are_summed_up_by_their_logarithms():
     assert found.cpu_speed == pytest.approx(1.0)
     # -log 2 and log 2 deviate by sqrt(2) log 2, divided by sqrt(2)
     assert found.standard_error == pytest.approx(math.log(2))
-    assert bench_data._pair(("a", "b"), 3, [0.5]) == bench_data.Pair("a", "b", 3, 0.5, None)
+    assert bench_data._pair(("a", "b"), 3, [0.5]) == bench_data.Pair("a", "b", 3, 0.5, None, 1)
+
+
+@pytest.mark.parametrize("core", [None, 3])
+def test_one_of_a_pair_is_bound_to_its_core_and_tokenises_with_its_workers_alone(core, tmp_path, monkeypatch, capsys):
+    seen = {}
+    monkeypatch.setattr(subprocess, "Popen", lambda command, env, **_: seen.update(what=command[-1], env=env))
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    monkeypatch.setattr(os, "sched_setaffinity", lambda process, cores: seen.update(cores=cores), raising=False)
+    monkeypatch.setitem(bench_data._RUNS, "it", lambda *arguments: seen.update(arguments=arguments))
+    bench_data._start("it again", tmp_path, tmp_path, tmp_path / "out", 2, core)
+    bench_data.measure_here(seen["what"])
+    assert seen["arguments"] == (tmp_path, tmp_path, tmp_path / "out", 2)
+    assert seen["env"].get("TOKENIZERS_PARALLELISM") == (None if core is None else "false")
+    assert seen.get("cores") == (None if core is None else {3})
+    assert set(json.loads(capsys.readouterr().out)) == {"seconds", "cpu_seconds", "peak_memory"}
 
 
 def test_a_contender_that_fails_is_named(tmp_path):
@@ -221,4 +238,5 @@ def test_preparing_is_measured_against_plain_litdata(tmp_path, monkeypatch, caps
     assert all(one["peak_memory"] > 1e8 for one in found["measurements"])
     assert [(one["base"], one["contender"]) for one in found["pairs"]] == list(bench_data.PAIRS)
     assert all(one["cpu_speed"] > 0 for one in found["pairs"])
+    assert all(one["runs"] == len(bench_data._cores()[:2]) for one in found["pairs"])
     assert "Two at once" in capsys.readouterr().out

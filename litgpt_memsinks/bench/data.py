@@ -6,8 +6,8 @@ and the second one's ratio to the first is the control. To tell what IDs and all
 tokenisation as well: ours with `tokenizers`' batch encoding, plain litdata with our encoder (`encoding.py`).
 
 A machine that is faster in one minute than in the next makes such ratios vary by more than what IDs cost. So contenders
-with the same tokenisation also run in pairs, both at once on the same cores, and their CPU times are compared: whatever
-slows one down slows down the other.
+with the same tokenisation also run in pairs, both at once on one core, and their CPU times are compared: whatever slows
+one down slows down the other. They are bound to that core because not all cores of a virtual machine are equally fast.
 """
 
 import json
@@ -58,7 +58,8 @@ PAIRS = (
     ("plain litdata", "ours, tokenizers' encoding"),
     ("plain litdata, our encoder", "ours"),
 )
-"""What runs at once: the control, and the contenders with the same tokenisation."""
+"""What runs at once on one core: the control, and the contenders with the same tokenisation."""
+_PAIRED_CORES, _PAIRED_WORKERS = 2, 2  # cores that have a pair each at the same time, and workers of each contender
 _STORIES = 4000  # in each made-up file
 _SAMPLED_EVERY = 0.5  # seconds; the kernel walks all pages of a process for its memory, and stops it meanwhile
 _CHUNK_BYTES = 16_000_000  # so that a small corpus fills some, and a larger one takes no more memory for that reason
@@ -87,7 +88,7 @@ class Measurement:
 
 @dataclass
 class Pair:
-    """Two contenders that ran at once on the same cores."""
+    """Two contenders that ran at once on one core, with two workers each."""
 
     base: str
     """The one that the other is compared to"""
@@ -96,9 +97,11 @@ class Pair:
     files: int
     """Files that each read"""
     cpu_speed: float
-    """CPU time of the first divided by the second's, geometric mean over the rounds: above 1, the second is faster"""
+    """CPU time of the first divided by the second's, geometric mean of all runs: above 1, the second is faster"""
     standard_error: float | None
-    """Of the logarithm of that, so about a share of it; ``None`` of one round"""
+    """Of the logarithm of that, so about a share of it; ``None`` of one run"""
+    runs: int
+    """Rounds times cores"""
 
 
 def bench_data(
@@ -146,11 +149,11 @@ def bench_data(
         at_once = [(pair, turn) for turn in range(rounds) for pair in PAIRS]
         ratios: dict[tuple[str, str], list[float]] = {pair: [] for pair in PAIRS}
         for pair, turn in track(at_once, "Preparing, two at once", transient=True):
-            ratios[pair].append(_cpu_ratio(pair, turn, inputs[files], tokenizer_dir, work, workers))
+            ratios[pair] += _cpu_ratios(pair, turn, inputs[files], tokenizer_dir, work)
     measurements = [_summary(contender, count, found, files) for contender, count in found]
     pairs = [_pair(pair, files, ratios[pair]) for pair in PAIRS]
     _print(measurements, rounds, workers)
-    _print_pairs(pairs, rounds)
+    _print_pairs(pairs)
     if out_file is not None:
         versions = {name: version(name) for name in ("litdata", "litgpt", "litgpt-memsinks", "tokenizers")}
         figures = {"measurements": [asdict(one) for one in measurements], "pairs": [asdict(one) for one in pairs]}
@@ -178,7 +181,7 @@ def _summary(contender: str, count: int, found: dict[tuple[str, int], list[dict[
 def _pair(pair: tuple[str, str], files: int, ratios: list[float]) -> Pair:
     logs = [math.log(ratio) for ratio in ratios]
     error = statistics.stdev(logs) / math.sqrt(len(logs)) if len(logs) > 1 else None
-    return Pair(*pair, files, math.exp(statistics.mean(logs)), error)
+    return Pair(*pair, files, math.exp(statistics.mean(logs)), error, len(logs))
 
 
 # ---------------------------------------------------------------------------------------------------------- contenders
@@ -267,48 +270,48 @@ _RUNS: dict[str, Callable[[Path, Path, Path, int], None]] = {
 
 
 def _in_own_process(contender: str, inputs: Path, tokenizer_dir: Path, out_dir: Path, workers: int) -> dict[str, Any]:
-    figures = _figures(_start(contender, inputs, tokenizer_dir, out_dir, workers, memory=True), contender, out_dir)
+    figures = _figures(_start(contender, inputs, tokenizer_dir, out_dir, workers), contender, out_dir)
     return figures | {"tokens": count_tokens(inputs, tokenizer_dir)}
 
 
-def _cpu_ratio(pair: tuple[str, str], turn: int, inputs: Path, tokenizer_dir: Path, work: Path, workers: int) -> float:
-    """Run two contenders at once; the first one's CPU time divided by the second's. They begin in turns."""
-    runs = [(contender, work / f"out-{number}") for number, contender in enumerate(pair)]
-    order = runs[:: -1 if turn % 2 else 1]
-    # their CPU time would not be comparable if one tokenised with more threads than it has workers
-    one_thread = {"TOKENIZERS_PARALLELISM": "false"}
-    started = [
-        _start(contender, inputs, tokenizer_dir, out_dir, workers, memory=False, env=one_thread)
-        for contender, out_dir in order
+def _cpu_ratios(pair: tuple[str, str], turn: int, inputs: Path, tokenizer_dir: Path, work: Path) -> list[float]:
+    """Run two contenders at once on each of some cores, beginning with either in turns.
+
+    Returns:
+        For each core, the first one's CPU time divided by the second's.
+    """
+    started: list[dict[str, tuple[subprocess.Popen[bytes], Path]]] = []
+    for core in _cores()[:_PAIRED_CORES]:
+        started.append({})
+        for contender in pair[:: -1 if (turn + len(started)) % 2 else 1]:
+            out_dir = work / f"out-{len(started)}-{pair.index(contender)}"
+            process = _start(contender, inputs, tokenizer_dir, out_dir, _PAIRED_WORKERS, core)
+            started[-1][contender] = process, out_dir
+    cpu = [
+        {name: _figures(process, name, out_dir)["cpu_seconds"] for name, (process, out_dir) in both.items()}
+        for both in started
     ]
-    cpu = {
-        contender: _figures(process, contender, out_dir)["cpu_seconds"]
-        for process, (contender, out_dir) in zip(started, order, strict=True)
-    }
-    ratio: float = cpu[pair[0]] / cpu[pair[1]]
-    return ratio
+    return [one[pair[0]] / one[pair[1]] for one in cpu]
+
+
+def _cores() -> list[int]:
+    """The cores that this process may use; one where the system binds no process to a core."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
 
 
 def _start(
-    contender: str,
-    inputs: Path,
-    tokenizer_dir: Path,
-    out_dir: Path,
-    workers: int,
-    memory: bool,
-    env: dict[str, str] | None = None,
+    contender: str, inputs: Path, tokenizer_dir: Path, out_dir: Path, workers: int, core: int | None = None
 ) -> subprocess.Popen[bytes]:
+    """Start a contender on all cores, measuring memory, or as one of a pair on one core, without."""
     shutil.rmtree(out_dir, ignore_errors=True)
-    what = [contender.removesuffix(" again"), str(inputs), str(tokenizer_dir), str(out_dir), workers, memory]
+    what = [contender.removesuffix(" again"), str(inputs), str(tokenizer_dir), str(out_dir), workers, core]
     code = "import sys; from litgpt_memsinks.bench.data import measure_here; measure_here(sys.argv[1])"
     scratch = {"DATA_OPTIMIZER_CACHE_FOLDER": f"{out_dir}-cache", "DATA_OPTIMIZER_DATA_CACHE_FOLDER": f"{out_dir}-data"}
+    if core is not None:  # CPU times would not be comparable if one tokenised with more threads than it has workers
+        scratch["TOKENIZERS_PARALLELISM"] = "false"
     with open(f"{out_dir}.out", "wb") as out, open(f"{out_dir}.err", "wb") as err:
-        return subprocess.Popen(
-            [sys.executable, "-c", code, json.dumps(what)],
-            stdout=out,
-            stderr=err,
-            env=os.environ | scratch | (env or {}),
-        )
+        command = [sys.executable, "-c", code, json.dumps(what)]
+        return subprocess.Popen(command, stdout=out, stderr=err, env=os.environ | scratch)
 
 
 def _figures(process: subprocess.Popen[bytes], contender: str, out_dir: Path) -> dict[str, Any]:
@@ -338,9 +341,11 @@ def count_tokens(inputs: Path, tokenizer_dir: Path) -> int:
 
 def measure_here(what: str) -> None:
     """Run one contender in this process and print its figures as JSON."""
-    contender, inputs, tokenizer_dir, out_dir, workers, memory = json.loads(what)
+    contender, inputs, tokenizer_dir, out_dir, workers, core = json.loads(what)
     run = _RUNS[contender]
-    with _peak_memory() if memory else nullcontext([0]) as peak:
+    if core is not None and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {core})  # and with it all processes that are started from here
+    with _peak_memory() if core is None else nullcontext([0]) as peak:
         started = time.perf_counter()
         run(Path(inputs), Path(tokenizer_dir), Path(out_dir), workers)
         seconds = time.perf_counter() - started
@@ -438,11 +443,11 @@ def _print(measurements: list[Measurement], rounds: int, workers: int) -> None:
     print('Speeds are tokens per second as a ratio to plain litdata. "again" is the control. Peak: of all processes.')
 
 
-def _print_pairs(pairs: list[Pair], rounds: int) -> None:
-    table = Table(title=f"Two at once on the same cores, {rounds} rounds", title_justify="left")
-    for name in ("contender", "against", "CPU speed", "standard error"):
+def _print_pairs(pairs: list[Pair]) -> None:
+    table = Table(title="Two at once on one core, with two workers each", title_justify="left")
+    for name in ("contender", "against", "CPU speed", "standard error", "runs"):
         table.add_column(name, justify="left" if name in ("contender", "against") else "right")
     for one in pairs:
         error = "" if one.standard_error is None else f"{one.standard_error:.3f}"
-        table.add_row(one.contender, one.base, f"{one.cpu_speed:.3f}", error)
+        table.add_row(one.contender, one.base, f"{one.cpu_speed:.3f}", error, str(one.runs))
     Console(width=120).print(table)
