@@ -1,5 +1,6 @@
 """Encoding many documents at once, against LitGPT's own tokenizer, one text at a time."""
 
+import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -71,6 +72,14 @@ ODD_TEXTS = [
     "a b " * 100,
     "long" * 100 + " " + "word" * 100,
 ]
+
+
+@pytest.mark.parametrize("name", [*VARIANTS, *SHAPES])
+def test_largest_token_is_that_of_the_file(encoders: dict[str, Encoder], name: str) -> None:
+    encoder = encoders[name]
+    content = json.loads(encoder.tokenizer.processor.to_str())
+    ids = {*content["model"]["vocab"].values(), *(token["id"] for token in content["added_tokens"])}
+    assert encoder.largest_token == max(ids)
 
 
 @pytest.mark.parametrize("name", [*VARIANTS, *SHAPES])

@@ -26,7 +26,9 @@ from litgpt_memsinks.corpus.embedded import stories
 from litgpt_memsinks.corpus.mixture import NearDuplicates, Reading
 from litgpt_memsinks.errors import MemSinksError
 from litgpt_memsinks.prepare import tokenizing
+from litgpt_memsinks.prepare.encoding import Encoder
 from litgpt_memsinks.prepare.manifest import tokenizer_fingerprint
+from litgpt_memsinks.prepare.planning import read_tokens
 from litgpt_memsinks.prepare.tokenizing import (
     RECORD,
     Done,
@@ -100,7 +102,7 @@ def test_unit_holds_the_documents(tmp_path: Path, tokenizer_dir: Path, read: Rea
     expected.append((23, tokenizer.encode("last", eos=True).tolist()))
     assert (done.info.documents, done.info.empty, done.info.bad) == (21, 2, 0)
     assert done.info.tokens == sum(len(tokens) for _, tokens in expected)
-    all_tokens = np.fromfile(done.folder / "tokens.bin", dtype="<i4")
+    all_tokens = np.fromfile(done.folder / "tokens.u2", dtype="<u2")
     assert all_tokens.tolist() == [token for _, tokens in expected for token in tokens]
     offset = 0
     for record, (line, tokens) in zip(done.records(0, 21), expected, strict=True):
@@ -111,6 +113,36 @@ def test_unit_holds_the_documents(tmp_path: Path, tokenizer_dir: Path, read: Rea
     assert (done.folder / "records.bin").stat().st_size == 21 * RECORD.itemsize
     assert not (done.folder / "keys.bin").stat().st_size
     assert not (done.folder / "signatures.bin").stat().st_size
+
+
+def test_tokens_of_a_large_vocabulary_take_four_bytes(
+    tmp_path: Path, read: Read, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading = Reading(str(write_jsonl(tmp_path / "c.jsonl", stories(20))))
+    (done,) = read(reading)
+    assert done.token_file.name == "tokens.u2"
+    small = read_tokens(done.token_file, 0, done.info.tokens)
+    assert read_tokens(done.token_file, 3, 40).tolist() == small[3:43].tolist()
+    shutil.rmtree(done.folder)
+    for largest, name in ((2**16 - 1, "tokens.u2"), (2**16, "tokens.i4")):
+        monkeypatch.setattr(Encoder, "largest_token", largest)
+        (done,) = read(reading)
+        assert done.token_file.name == name
+        assert read_tokens(done.token_file, 3, 40).tolist() == small[3:43].tolist()
+        shutil.rmtree(done.folder)
+
+
+def test_token_beyond_the_vocabulary_is_refused(tmp_path: Path, read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Encoder, "largest_token", 7)
+    with pytest.raises(MemSinksError, match=r"The tokenizer gave token \d+, but its vocabulary ends at 7\."):
+        read(Reading(str(write_jsonl(tmp_path / "c.jsonl", stories(2)))))
+
+
+def test_unit_of_another_version_is_named(tmp_path: Path, read: Read) -> None:
+    (done,) = read(Reading(str(write_jsonl(tmp_path / "c.jsonl", stories(2)))))
+    (done.folder / "tokens.u2").rename(done.folder / "tokens.bin")
+    with pytest.raises(MemSinksError, match=r"written by another version of litgpt-memsinks\. Prepare the shard again"):
+        _ = done.token_file
 
 
 def test_keys_and_counts(tmp_path: Path, read: Read) -> None:
@@ -246,7 +278,7 @@ def test_a_version_of_the_layout_reads_its_own(tmp_path: Path, monkeypatch: pyte
     write_files(tmp_path / "c", {"a": texts(3)})
     (file,) = corpus_files(Reading(str(tmp_path / "c")))
     name = unit_name(file, Reading("c"), "t", None)
-    monkeypatch.setattr(tokenizing, "UNIT_VERSION", 2)
+    monkeypatch.setattr(tokenizing, "UNIT_VERSION", tokenizing.UNIT_VERSION + 1)
     assert unit_name(file, Reading("c"), "t", None) != name
 
 

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -99,7 +98,7 @@ class Written:
 
     def __init__(self, folder: Path) -> None:
         random = np.random.default_rng(3)
-        self.files = [folder / "a.bin", folder / "b.bin"]
+        self.files = [folder / "a.i4", folder / "b.i4"]
         tokens = [random.integers(0, 2**31, size=60_000, dtype=np.int32) for _ in self.files]
         for path, content in zip(self.files, tokens, strict=True):
             content.tofile(path)
@@ -148,6 +147,15 @@ def test_chunks_are_the_pieces(written: Written, one_worker: Path) -> None:
     assert [len(chunk.pairs) for chunk in read_chunks(one_worker)] == [piece.tokens for piece in pieces]
 
 
+def test_chunks_read_one_by_one_share_memory(one_worker: Path) -> None:
+    expected = [(chunk.name, chunk.checksum, chunk.pairs.tolist()) for chunk in read_chunks(one_worker)]
+    addresses = set()
+    for chunk, own in zip(read_chunks(one_worker, one_by_one=True), expected, strict=True):
+        assert (chunk.name, chunk.checksum, chunk.pairs.tolist()) == own
+        addresses.add(chunk.pairs.ctypes.data)
+    assert len(addresses) < len(expected) / 5
+
+
 @pytest.mark.parametrize("num_workers", [2, 3])
 def test_chunks_do_not_depend_on_the_workers(
     written: Written, one_worker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_workers: int
@@ -176,15 +184,19 @@ def test_more_workers_than_chunks(written: Written, tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_stream(folder), written.stream)
 
 
-def test_few_files_are_open_at_a_time(written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", ["u2", "i4"])
+def test_few_files_are_open_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
     monkeypatch.setattr(writing, "_OPEN_FILES", 2)
-    files = [Path(shutil.copy(written.files[0], tmp_path / f"{index}.bin")) for index in range(9)]
+    content = np.arange(2**16 - 50, 2**16, dtype=f"<{dtype}")
+    files = [tmp_path / f"{index}.{dtype}" for index in range(9)]
+    for file in files:
+        content.tofile(file)
     entries = np.zeros(40, dtype=ENTRY)
     entries["unit"], entries["length"], entries["offset"] = np.arange(40) % 9, 5, np.arange(40)
     entries.tofile(tmp_path / "entries.bin")
     writer = ChunkWriter(tmp_path / "entries.bin", files)
     (tensor,) = writer(Piece(0, 40, 0, 200))
-    content = np.fromfile(written.files[0], dtype=np.int32)
+    assert tensor.dtype == torch.int32
     assert tensor[::2].tolist() == [token for i in range(40) for token in content[i : i + 5].tolist()]
     assert writer._file.cache_info().currsize == 2  # type: ignore[attr-defined]
 

@@ -22,10 +22,12 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from importlib.metadata import version
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -328,15 +330,17 @@ _counted: dict[Path, int] = {}
 
 
 def count_tokens(inputs: Path, tokenizer_dir: Path) -> int:
-    """Tokens of a folder of files, counted once. Copies have as many as their originals."""
+    """Tokens of a folder of files, counted once."""
     if inputs not in _counted:
-        first = {path.name.split("-", 1)[1]: path for path in inputs.glob("*.zst")}
-        tokens = {
-            name: sum(len(document) for document in PlainTokens(tokenizer_dir, True)(str(path)))
-            for name, path in first.items()
-        }
-        _counted[inputs] = sum(tokens[path.name.split("-", 1)[1]] for path in inputs.glob("*.zst"))
+        files = sorted(str(path) for path in inputs.glob("*.zst"))
+        with ProcessPoolExecutor() as pool:
+            counts = pool.map(_tokens_of, repeat(tokenizer_dir), files)
+            _counted[inputs] = sum(track(counts, "Counting tokens", total=len(files), transient=True))
     return _counted[inputs]
+
+
+def _tokens_of(tokenizer_dir: Path, path: str) -> int:
+    return sum(len(document) for document in PlainTokens(tokenizer_dir, True)(path))
 
 
 def measure_here(what: str) -> None:
@@ -403,7 +407,11 @@ def _tokenizer(work: Path) -> Path:
 
 
 def _copies(corpus: Path | None, folder: Path, count: int) -> Path:
-    """A folder of so many files, named `NUMBER-ORIGINAL`."""
+    """A folder of so many files, named `NUMBER-ORIGINAL`.
+
+    Each document begins with the file's number: SlimPajama is deduplicated, and documents that repeat have a table of
+    their own in what `prepare` writes.
+    """
     folder.mkdir()
     if corpus is None:
         made = folder.parent / "stories"
@@ -416,9 +424,12 @@ def _copies(corpus: Path | None, folder: Path, count: int) -> Path:
     originals = sorted(corpus.rglob("*.jsonl.zst"))
     if not originals:
         raise MemSinksError(f"{str(corpus)!r} has no file ending in .jsonl.zst. Name a folder of SlimPajama files.")
-    for number in range(count):
+    for number in track(range(count), f"Making {count} files", transient=True):
         original = originals[number % len(originals)]
-        shutil.copyfile(original, folder / f"{number:04d}-{original.name}")
+        with zstandard.open(original, "rt", encoding="utf-8") as file:
+            documents = [json.loads(line) for line in file]
+        own = [json.dumps(document | {"text": f"{number} {document['text']}"}) + "\n" for document in documents]
+        (folder / f"{number:04d}-{original.name}").write_bytes(zstandard.compress("".join(own).encode()))
     return folder
 
 

@@ -96,7 +96,7 @@ def mix(hashes: npt.NDArray[np.uint64], *salt: str | int) -> npt.NDArray[np.uint
 
 
 def interleave(
-    tokens: npt.NDArray[np.int32],
+    tokens: npt.NDArray[np.integer],
     ids: npt.NDArray[np.int32],
     lengths: npt.NDArray[np.integer],
     out: npt.NDArray[np.int32] | None = None,

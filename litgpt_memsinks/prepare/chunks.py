@@ -47,28 +47,38 @@ def read_index(folder: Path) -> dict[str, Any]:
     return index
 
 
-def read_chunks(folder: Path) -> Iterator[Chunk]:
+def read_chunks(folder: Path, one_by_one: bool = False) -> Iterator[Chunk]:
     """Read the chunks of a split one after another, in the order of the stream.
+
+    Args:
+        folder: Of the split.
+        one_by_one: Whether each is done with when the next is read, so that they take the same memory: new memory
+            costs more time than reading.
 
     Raises:
         MemSinksError: If a chunk is missing or not what its header and the index say.
     """
+    memory = bytearray()
     for entry in read_index(folder)["chunks"]:
-        yield read_chunk(folder / entry["filename"], entry["dim"])
+        path = folder / entry["filename"]
+        if one_by_one and path.is_file() and len(memory) < path.stat().st_size:
+            memory = bytearray(path.stat().st_size)
+        yield read_chunk(path, entry["dim"], memory if one_by_one else None)
 
 
-def read_chunk(path: Path, numbers: int) -> Chunk:
+def read_chunk(path: Path, numbers: int, memory: bytearray | None = None) -> Chunk:
     """Read one chunk.
 
     Args:
         path: Its file.
         numbers: How many numbers it holds by the index: two per token.
+        memory: Where to read it to, large enough; memory of its own by default.
 
     Raises:
         MemSinksError: If it is missing or has another length.
     """
     try:
-        content = path.read_bytes()
+        content = path.read_bytes() if memory is None else _read_into(path, memory)
     except OSError as error:
         raise MemSinksError(f"{str(path)!r} cannot be read: {error.strerror}. Copy the folder again.") from error
     items = int.from_bytes(content[:4], "little")
@@ -77,6 +87,11 @@ def read_chunk(path: Path, numbers: int) -> Chunk:
         raise MemSinksError(f"{str(path)!r} is not whole. Copy the folder again, or prepare it.")
     pairs = np.frombuffer(content, dtype="<i4", offset=start).reshape(-1, 2)
     return Chunk(path.name, pairs, xxhash.xxh3_128_hexdigest(content))
+
+
+def _read_into(path: Path, memory: bytearray) -> memoryview:
+    with open(path, "rb") as file:
+        return memoryview(memory)[: file.readinto(memory)]
 
 
 def stream_digest(pairs: Iterator[npt.NDArray[np.int32]]) -> str:

@@ -11,6 +11,7 @@ import re
 import threading
 from array import array
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,14 @@ class Encoder:
         if self.by_words:
             added = tokenizer.processor.encode("").ids
             self._adds_bos, self._adds_eos = tokenizer.bos_id in added, tokenizer.eos_id in added
+
+    @cached_property
+    def largest_token(self) -> int:
+        """The largest token that there is."""
+        if self.tokenizer.backend != "huggingface":
+            return int(self.tokenizer.vocab_size) - 1
+        ids = [*self.tokenizer.processor.get_vocab().values(), self.tokenizer.bos_id or 0, self.tokenizer.eos_id or 0]
+        return int(max(ids))
 
     def __call__(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
         """Encode documents.

@@ -22,7 +22,7 @@ from litgpt_memsinks.corpus.mixture import Choice, IdScheme, Mixture, NearDuplic
 from litgpt_memsinks.document_ids.ids import colliding_pairs, digest, document_bits, mix, noisy_ids, sequence_ids
 from litgpt_memsinks.document_ids.near_duplicates import cluster, near_any
 from litgpt_memsinks.errors import MemSinksError
-from litgpt_memsinks.prepare.tokenizing import RECORD, Done
+from litgpt_memsinks.prepare.tokenizing import RECORD, Done, token_dtype
 
 BUCKET_ROWS = 200_000  # rows sorted at once: about 20 MB
 ROW = np.dtype(
@@ -566,7 +566,7 @@ class Plan:
     """What is to be written, on disk."""
 
     token_files: list[Path]
-    """Files of tokens, int32; an entry's ``unit`` is an index into them"""
+    """Files of tokens, all of one ``token_dtype``; an entry's ``unit`` is an index into them"""
     streams: dict[str, Stream]
     """Name of the split's folder to its stream"""
     chosen: Buckets
@@ -599,7 +599,8 @@ def make_plan(
     """
     total = sum(unit.info.documents for unit in units)
     chosen = Buckets.for_rows(work / "chosen", total, CHOSEN)
-    token_files = [unit.folder / "tokens.bin" for unit in units] + [work / "canaries.bin"]
+    token_files = [unit.token_file for unit in units]
+    token_files.append(work / f"canaries{token_files[0].suffix}")
     token_files[-1].touch()
     val_sets = [taker.name for taker in takers if taker.split == "val"]
     written = {"train": sum(taker.written for taker in takers if taker.split == "train")}
@@ -687,14 +688,16 @@ def append_canaries(
             canary = np.random.default_rng([seed, int(row["digest"])]).choice(vocabulary, canary_tokens)
             bos = int(digest(tokens[:-1]) != row["digest"])
             tokens = np.concatenate((tokens[:-1], canary, tokens[-1:])).astype(np.int32)
-            row["offset"], row["unit"], row["length"] = out.tell() // 4, len(token_files) - 1, len(tokens)
+            row["unit"], row["length"] = len(token_files) - 1, len(tokens)
+            row["offset"] = out.tell() // token_dtype(token_files[-1]).itemsize
             row["digest"], row["max_token"] = digest(tokens[bos:-1]), tokens.max()
-            tokens.tofile(out)
+            tokens.astype(token_dtype(token_files[-1])).tofile(out)
 
 
 def read_tokens(path: Path, offset: int, length: int) -> npt.NDArray[np.int32]:
     """Tokens of one document."""
-    return np.fromfile(path, dtype=np.int32, count=length, offset=4 * offset)
+    dtype = token_dtype(path)
+    return np.fromfile(path, dtype=dtype, count=length, offset=dtype.itemsize * offset).astype(np.int32)
 
 
 def _in_split(rows: np.ndarray, split: str, takers: Sequence[Taker]) -> npt.NDArray[np.bool_]:

@@ -727,7 +727,7 @@ def _split(plan: Plan, name: str, folder: Path) -> Split:
 
     def pairs() -> Iterator[npt.NDArray[np.int32]]:
         nonlocal tokens
-        for chunk in read_chunks(folder):
+        for chunk in read_chunks(folder, one_by_one=True):
             checksums[chunk.name] = chunk.checksum
             tokens += len(chunk.pairs)
             yield chunk.pairs

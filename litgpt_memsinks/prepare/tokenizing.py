@@ -2,7 +2,8 @@
 
     file ─► documents ─► tokens + digest (+ MinHash signature) ─► WORK/units/UNIT/
 
-    UNIT/tokens.bin       all documents' tokens with BOS and EOS, int32, one after another
+    UNIT/tokens.u2        all documents' tokens with BOS and EOS, one after another: uint16, or `tokens.i4`, int32, if
+                          the tokenizer has more than 65,536 tokens
     UNIT/records.bin      one ``RECORD`` per document
     UNIT/keys.bin         the documents' `id_field` values as length-prefixed UTF-8, if one is read
     UNIT/signatures.bin   MinHash signatures, uint32 ``(documents, permutations)``, if they are needed
@@ -46,12 +47,12 @@ from litgpt_memsinks.files import atomic_directory
 from litgpt_memsinks.prepare.encoding import Encoder, load_tokenizer
 from litgpt_memsinks.prepare.memory import keep_freed_memory
 
-UNIT_VERSION = 1
+UNIT_VERSION = 2
 """Version of a unit's layout and content, part of its name."""
 RECORD = np.dtype(
     [("digest", "<u8"), ("group", "<u8"), ("offset", "<u8"), ("line", "<i8"), ("length", "<u4"), ("max_token", "<u4")]
 )
-"""One document of a unit: digest of its tokens, hash of its key (0 without), first token in ``tokens.bin``, line in the
+"""One document of a unit: digest of its tokens, hash of its key (0 without), first token in the token file, line in the
 file, tokens with BOS and EOS, and the largest of them."""
 _BATCH_DOCUMENTS, _BATCH_CHARACTERS = 512, 300_000  # tokenised at once by a thread
 """More at once is no faster, and the tokenizer's memory would go back to the system between batches. To get it again
@@ -95,7 +96,8 @@ class StoppedError(Exception):
     """The run was given up, or has enough."""
 
 
-class Done(NamedTuple):
+@dataclass(frozen=True)
+class Done:
     """A unit on disk."""
 
     unit: Unit
@@ -111,6 +113,20 @@ class Done(NamedTuple):
             self.folder / "records.bin", dtype=RECORD, count=stop - start, offset=start * RECORD.itemsize
         )
 
+    @cached_property
+    def token_file(self) -> Path:
+        """Its tokens; see ``token_dtype``.
+
+        Raises:
+            MemSinksError: If it is of a shard that an older version wrote.
+        """
+        for name in ("tokens.u2", "tokens.i4"):
+            if (self.folder / name).is_file():
+                return self.folder / name
+        raise MemSinksError(
+            f"{str(self.folder)!r} was written by another version of litgpt-memsinks. Prepare the shard again."
+        )
+
     def signatures(self) -> SignatureFile:
         """The documents' MinHash signatures."""
         return SignatureFile(self.folder / "signatures.bin", self.info.documents)
@@ -120,6 +136,11 @@ class Done(NamedTuple):
         with open(self.folder / "keys.bin", "rb") as file:
             while size := file.read(4):
                 yield file.read(int.from_bytes(size, "little")).decode()
+
+
+def token_dtype(path: Path) -> np.dtype:
+    """The type of the numbers in a file of tokens: its suffix says it as NumPy does, ``.u2`` or ``.i4``."""
+    return np.dtype(f"<{path.suffix[1:]}")
 
 
 # --------------------------------------------------------------------------------------------------------------- units
@@ -214,6 +235,11 @@ class UnitReader:
         """The tokenizer of this process."""
         return Encoder(load_tokenizer(self.tokenizer_dir, self.special))
 
+    @cached_property
+    def token_type(self) -> str:
+        """The smallest type that holds this tokenizer's tokens; half the bytes are half the time to write them."""
+        return "u2" if self.encoder.largest_token < 2**16 else "i4"
+
     def __call__(self, unit: Unit, on_progress: Callable[[int, int], None], stop: Callable[[], bool]) -> None:
         """Write one unit.
 
@@ -235,8 +261,9 @@ class UnitReader:
         with atomic_directory(self.store / unit.name) as folder, contextlib.ExitStack() as stack:
             out = {
                 name: stack.enter_context(open(folder / f"{name}.bin", "wb"))
-                for name in ("tokens", "records", "keys", "signatures")
+                for name in ("records", "keys", "signatures")
             }
+            out["tokens"] = stack.enter_context(open(folder / f"tokens.{self.token_type}", "wb"))
             documents_read = read_documents(unit.file, self.readings[unit.reading], passed, on_bytes)
             for documents in batches(documents_read, self.threads):
                 if stop():
@@ -287,6 +314,10 @@ class UnitReader:
         records["offset"] = counts["tokens"] + starts
         records["length"] = lengths
         records["max_token"] = np.maximum.reduceat(tokens, starts)
+        if (found := int(records["max_token"].max())) > (largest := self.encoder.largest_token):
+            raise MemSinksError(
+                f"The tokenizer gave token {found:,}, but its vocabulary ends at {largest:,}. Download it again."
+            )
         records["line"] = [document.line for document, _ in kept]
         records["digest"] = [digest(body[bos:-1]) for _, body in kept]
         if kept[0][0].key is not None:
@@ -295,7 +326,7 @@ class UnitReader:
             out["keys"].write(b"".join(len(key).to_bytes(4, "little") + key for key in keys))
         if self.near_duplicates is not None:
             out["signatures"].write(signatures([document.text for document, _ in kept], self.near_duplicates).tobytes())
-        out["tokens"].write(tokens.data)
+        out["tokens"].write(tokens.astype(f"<{self.token_type}").data)
         out["records"].write(records.tobytes())
         counts["documents"] += len(kept)
         counts["tokens"] += len(tokens)

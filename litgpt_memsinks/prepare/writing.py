@@ -31,7 +31,7 @@ from litgpt_memsinks.files import write_json
 from litgpt_memsinks.prepare.chunks import INDEX, read_index
 from litgpt_memsinks.prepare.memory import keep_freed_memory
 from litgpt_memsinks.prepare.planning import BUCKET_ROWS, ENTRY
-from litgpt_memsinks.prepare.tokenizing import die_with_parent
+from litgpt_memsinks.prepare.tokenizing import die_with_parent, token_dtype
 
 BYTES_PER_PAIR = 8
 HEADER_BYTES = 12  # of a chunk of one item
@@ -98,6 +98,7 @@ class ChunkWriter:
 
     def __init__(self, entries: Path, token_files: Sequence[Path]) -> None:
         self.entries, self.token_files = entries, token_files
+        self.dtype = token_dtype(token_files[0])
         self._memory = np.empty(0, dtype=np.int32)
 
     @cached_property
@@ -117,20 +118,20 @@ class ChunkWriter:
         position = 0
         for unit, offset, length in entries[["unit", "offset", "length"]].tolist():
             place = tokens[position : position + length]
-            self._file(unit).seek(4 * offset)
+            self._file(unit).seek(self.dtype.itemsize * offset)
             if self._file(unit).readinto(place.data) != place.nbytes:
                 raise OSError(f"{self.token_files[unit]} ends before token {offset + length}")
             position += length
         yield torch.from_numpy(interleave(tokens, entries["id"], entries["length"], out=stream))
 
-    def _buffers(self, tokens: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    def _buffers(self, tokens: int) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32]]:
         """Memory for tokens and for the stream, used again for each chunk: litdata copies one before it asks for more.
 
         New memory costs as much as filling it.
         """
         if len(self._memory) < 3 * tokens:
             self._memory = np.empty(3 * tokens, dtype=np.int32)
-        return self._memory[:tokens], self._memory[tokens : 3 * tokens]
+        return self._memory[:tokens].view(self.dtype)[:tokens], self._memory[tokens : 3 * tokens]
 
 
 def _dying_with_parent(function: Callable[..., None]) -> Callable[..., None]:
