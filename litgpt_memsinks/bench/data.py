@@ -22,12 +22,10 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from importlib.metadata import version
-from itertools import repeat
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -144,6 +142,7 @@ def bench_data(
         orders = [CONTENDERS[start:] + CONTENDERS[:start] for start in starts]
         turns = [(contender, files) for order in orders for contender in order]
         turns += [("ours", files * growth)] * (growth > 1)
+        tokens = {count: count_tokens(path, tokenizer_dir) for count, path in inputs.items()}
         found: dict[tuple[str, int], list[dict[str, Any]]] = {}
         for contender, count in track(turns, "Preparing", transient=True):
             figures = _in_own_process(contender, inputs[count], tokenizer_dir, work / "out", workers)
@@ -152,7 +151,7 @@ def bench_data(
         ratios: dict[tuple[str, str], list[float]] = {pair: [] for pair in PAIRS}
         for pair, turn in track(at_once, "Preparing, two at once", transient=True):
             ratios[pair] += _cpu_ratios(pair, turn, inputs[files], tokenizer_dir, work)
-    measurements = [_summary(contender, count, found, files) for contender, count in found]
+    measurements = [_summary(contender, count, found, files, tokens) for contender, count in found]
     pairs = [_pair(pair, files, ratios[pair]) for pair in PAIRS]
     _print(measurements, rounds, workers)
     _print_pairs(pairs)
@@ -162,7 +161,9 @@ def bench_data(
         write_json(out_file, {"num_workers": workers, "versions": versions, **figures})
 
 
-def _summary(contender: str, count: int, found: dict[tuple[str, int], list[dict[str, Any]]], files: int) -> Measurement:
+def _summary(
+    contender: str, count: int, found: dict[tuple[str, int], list[dict[str, Any]]], files: int, tokens: dict[int, int]
+) -> Measurement:
     runs, plain = found[contender, count], found[CONTENDERS[0], files]
 
     def ratio(name: str) -> float:
@@ -171,12 +172,12 @@ def _summary(contender: str, count: int, found: dict[tuple[str, int], list[dict[
     return Measurement(
         contender=contender,
         files=count,
-        tokens=runs[0]["tokens"],
+        tokens=tokens[count],
         seconds=statistics.median(run["seconds"] for run in runs),
         cpu_seconds=statistics.median(run["cpu_seconds"] for run in runs),
         peak_memory=max(run["peak_memory"] for run in runs),
-        wall_speed=ratio("seconds") * runs[0]["tokens"] / plain[0]["tokens"],
-        cpu_speed=ratio("cpu_seconds") * runs[0]["tokens"] / plain[0]["tokens"],
+        wall_speed=ratio("seconds") * tokens[count] / tokens[files],
+        cpu_speed=ratio("cpu_seconds") * tokens[count] / tokens[files],
     )
 
 
@@ -272,8 +273,7 @@ _RUNS: dict[str, Callable[[Path, Path, Path, int], None]] = {
 
 
 def _in_own_process(contender: str, inputs: Path, tokenizer_dir: Path, out_dir: Path, workers: int) -> dict[str, Any]:
-    figures = _figures(_start(contender, inputs, tokenizer_dir, out_dir, workers), contender, out_dir)
-    return figures | {"tokens": count_tokens(inputs, tokenizer_dir)}
+    return _figures(_start(contender, inputs, tokenizer_dir, out_dir, workers), contender, out_dir)
 
 
 def _cpu_ratios(pair: tuple[str, str], turn: int, inputs: Path, tokenizer_dir: Path, work: Path) -> list[float]:
@@ -326,21 +326,11 @@ def _figures(process: subprocess.Popen[bytes], contender: str, out_dir: Path) ->
     return figures
 
 
-_counted: dict[Path, int] = {}
-
-
 def count_tokens(inputs: Path, tokenizer_dir: Path) -> int:
-    """Tokens of a folder of files, counted once."""
-    if inputs not in _counted:
-        files = sorted(str(path) for path in inputs.glob("*.zst"))
-        with ProcessPoolExecutor() as pool:
-            counts = pool.map(_tokens_of, repeat(tokenizer_dir), files)
-            _counted[inputs] = sum(track(counts, "Counting tokens", total=len(files), transient=True))
-    return _counted[inputs]
-
-
-def _tokens_of(tokenizer_dir: Path, path: str) -> int:
-    return sum(len(document) for document in PlainTokens(tokenizer_dir, True)(path))
+    """Tokens of a folder of files."""
+    tokens_of = PlainTokens(tokenizer_dir, True)
+    files = track(sorted(inputs.glob("*.zst")), "Counting tokens", transient=True)
+    return sum(len(document) for path in files for document in tokens_of(str(path)))
 
 
 def measure_here(what: str) -> None:
@@ -462,3 +452,4 @@ def _print_pairs(pairs: list[Pair]) -> None:
         error = "" if one.standard_error is None else f"{one.standard_error:.3f}"
         table.add_row(one.contender, one.base, f"{one.cpu_speed:.3f}", error, str(one.runs))
     Console(width=120).print(table)
+    print("CPU speed: how many times as fast as the one it runs against, by CPU time, which the core slows down alike.")
