@@ -1,7 +1,7 @@
 """The files of a stream on disk: litdata's chunks of int32, `token, sequence ID, token, sequence ID, ...`.
 
 A chunk file is a header of uint32 (number of items, where each begins, where the last ends) and the items' numbers. An
-item is what litdata wrote at once, here as many documents as fit into a chunk; litdata reads across items.
+item is what litdata was given at once, here some whole documents of a chunk; litdata reads across items.
 """
 
 import json
@@ -16,6 +16,7 @@ import xxhash
 from litgpt_memsinks.errors import MemSinksError
 
 INDEX = "index.json"
+_BLOCK = 1 << 20  # bytes read at once
 
 
 class Chunk(NamedTuple):
@@ -47,56 +48,87 @@ def read_index(folder: Path) -> dict[str, Any]:
     return index
 
 
-def read_chunks(folder: Path, one_by_one: bool = False) -> Iterator[Chunk]:
+def read_chunks(folder: Path) -> Iterator[Chunk]:
     """Read the chunks of a split one after another, in the order of the stream.
-
-    Args:
-        folder: Of the split.
-        one_by_one: Whether each is done with when the next is read, so that they take the same memory: new memory
-            costs more time than reading.
 
     Raises:
         MemSinksError: If a chunk is missing or not what its header and the index say.
     """
-    memory = bytearray()
     for entry in read_index(folder)["chunks"]:
-        path = folder / entry["filename"]
-        if one_by_one and path.is_file() and len(memory) < path.stat().st_size:
-            memory = bytearray(path.stat().st_size)
-        yield read_chunk(path, entry["dim"], memory if one_by_one else None)
+        yield read_chunk(folder / entry["filename"], entry["dim"])
 
 
-def read_chunk(path: Path, numbers: int, memory: bytearray | None = None) -> Chunk:
+def read_chunk(path: Path, numbers: int) -> Chunk:
     """Read one chunk.
 
     Args:
         path: Its file.
         numbers: How many numbers it holds by the index: two per token.
-        memory: Where to read it to, large enough; memory of its own by default.
 
     Raises:
         MemSinksError: If it is missing or has another length.
     """
     try:
-        content = path.read_bytes() if memory is None else _read_into(path, memory)
+        content = path.read_bytes()
     except OSError as error:
-        raise MemSinksError(f"{str(path)!r} cannot be read: {error.strerror}. Copy the folder again.") from error
-    items = int.from_bytes(content[:4], "little")
-    start = 4 * (items + 2)
+        raise _unreadable(path, error) from error
+    start = _header_bytes(content)
     if len(content) != start + 4 * numbers or numbers % 2:
-        raise MemSinksError(f"{str(path)!r} is not whole. Copy the folder again, or prepare it.")
+        raise _not_whole(path)
     pairs = np.frombuffer(content, dtype="<i4", offset=start).reshape(-1, 2)
     return Chunk(path.name, pairs, xxhash.xxh3_128_hexdigest(content))
 
 
-def _read_into(path: Path, memory: bytearray) -> memoryview:
-    with open(path, "rb") as file:
-        return memoryview(memory)[: file.readinto(memory)]
+def _header_bytes(content: bytes) -> int:
+    return 4 * (int.from_bytes(content[:4], "little") + 2)
 
 
-def stream_digest(pairs: Iterator[npt.NDArray[np.int32]]) -> str:
-    """xxh3_128 of a stream's numbers in order, hexadecimal: the same however it is cut into chunks."""
-    state = xxhash.xxh3_128()
-    for part in pairs:
-        state.update(np.ascontiguousarray(part, dtype="<i4").data.cast("B"))
-    return state.hexdigest()
+def _unreadable(path: Path, error: OSError) -> MemSinksError:
+    return MemSinksError(f"{str(path)!r} cannot be read: {error.strerror}. Copy the folder again.")
+
+
+def _not_whole(path: Path) -> MemSinksError:
+    return MemSinksError(f"{str(path)!r} is not whole. Copy the folder again, or prepare it.")
+
+
+class Checksums(NamedTuple):
+    """What tells a split from any other."""
+
+    digest: str
+    """xxh3_128 of the stream's numbers in order, hexadecimal: the same however it is cut into chunks"""
+    chunks: dict[str, str]
+    """File name to xxh3_128 of the file"""
+    tokens: int
+    """Tokens of the stream"""
+
+
+def checksums(folder: Path) -> Checksums:
+    """Read a split's chunks, block by block: new memory for whole chunks would take longer than reading them.
+
+    Raises:
+        MemSinksError: If a chunk is missing or not what its header and the index say.
+    """
+    stream, chunks, tokens = xxhash.xxh3_128(), {}, 0
+    for entry in read_index(folder)["chunks"]:
+        path = folder / entry["filename"]
+        chunks[path.name], size = _checksum(path, stream)
+        if size != 4 * entry["dim"] or size % 8:
+            raise _not_whole(path)
+        tokens += size // 8
+    return Checksums(stream.hexdigest(), chunks, tokens)
+
+
+def _checksum(path: Path, stream: Any) -> tuple[str, int]:
+    """Checksum of a chunk, whose numbers go on with that of the stream, and how many bytes they take."""
+    chunk, block = xxhash.xxh3_128(), memoryview(bytearray(_BLOCK))
+    try:
+        with open(path, "rb") as file:
+            header = file.read(4)
+            header += file.read(min(_header_bytes(header) - 4, path.stat().st_size))
+            chunk.update(header)
+            while read := file.readinto(block):
+                chunk.update(block[:read])
+                stream.update(block[:read])
+            return chunk.hexdigest(), file.tell() - len(header)
+    except OSError as error:
+        raise _unreadable(path, error) from error

@@ -47,7 +47,7 @@ class Split:
     tokens: int
     """Tokens with their repeats, each followed by an ID in the stream"""
     digest: str
-    """xxh3_128 of the stream's numbers in order, see ``chunks.stream_digest``"""
+    """xxh3_128 of the stream's numbers in order, see ``chunks.Checksums``"""
     chunks: dict[str, str]
     """File name to xxh3_128 of the file"""
     repeated_documents: int = 0

@@ -33,7 +33,7 @@ from litgpt_memsinks.corpus.mixture import Mixture, NearDuplicates, Reading, Sou
 from litgpt_memsinks.document_ids.near_duplicates import SIGNATURE_VERSION
 from litgpt_memsinks.errors import MemSinksError
 from litgpt_memsinks.files import atomic_directory, refuse_to_overwrite, write_json
-from litgpt_memsinks.prepare.chunks import read_chunks, stream_digest
+from litgpt_memsinks.prepare.chunks import checksums
 from litgpt_memsinks.prepare.encoding import load_tokenizer, special_tokens
 from litgpt_memsinks.prepare.manifest import (
     MANIFEST,
@@ -56,7 +56,7 @@ from litgpt_memsinks.prepare.planning import (
 )
 from litgpt_memsinks.prepare.tables import write_tables
 from litgpt_memsinks.prepare.tokenizing import Done, Unit, UnitReader, list_units, probe, read_units
-from litgpt_memsinks.prepare.writing import write_stream
+from litgpt_memsinks.prepare.writing import WORKER_DIED, write_stream
 from litgpt_memsinks.version import __version__
 
 SHARD = "shard.json"
@@ -721,29 +721,15 @@ def _manifest(job: Job, units: Sequence[Done], takers: Sequence[Taker], plan: Pl
 
 
 def _split(plan: Plan, name: str, folder: Path) -> Split:
-    stream = plan.streams[name]
-    checksums: dict[str, str] = {}
-    tokens = 0
-
-    def pairs() -> Iterator[npt.NDArray[np.int32]]:
-        nonlocal tokens
-        for chunk in read_chunks(folder, one_by_one=True):
-            checksums[chunk.name] = chunk.checksum
-            tokens += len(chunk.pairs)
-            yield chunk.pairs
-
-    digest = stream_digest(pairs())
-    if tokens != stream.tokens:  # litdata takes a worker that was killed for one that is done
-        raise MemSinksError(
-            f"Of {stream.tokens:,} tokens of {name}, {tokens:,} were written: a worker process died, probably for lack "
-            "of memory. Run the same command again, with fewer num_workers; what is tokenised is kept."
-        )
+    stream, found = plan.streams[name], checksums(folder)
+    if found.tokens != stream.tokens:  # some releases of litdata take a worker that was killed for one that is done
+        raise MemSinksError(f"Of {stream.tokens:,} tokens of {name}, {found.tokens:,} were written: {WORKER_DIED}")
     return Split(
         documents=stream.documents,
         written=stream.written,
         tokens=stream.tokens,
-        digest=digest,
-        chunks=checksums,
+        digest=found.digest,
+        chunks=found.chunks,
         repeated_documents=stream.repeated_documents,
         repeated_tokens=stream.repeated_tokens,
     )

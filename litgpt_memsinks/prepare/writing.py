@@ -27,6 +27,7 @@ import numpy.typing as npt
 import torch
 
 from litgpt_memsinks.document_ids.ids import interleave
+from litgpt_memsinks.errors import MemSinksError
 from litgpt_memsinks.files import write_json
 from litgpt_memsinks.prepare.chunks import INDEX, read_index
 from litgpt_memsinks.prepare.memory import keep_freed_memory
@@ -34,7 +35,13 @@ from litgpt_memsinks.prepare.planning import BUCKET_ROWS, ENTRY
 from litgpt_memsinks.prepare.tokenizing import die_with_parent, token_dtype
 
 BYTES_PER_PAIR = 8
-HEADER_BYTES = 12  # of a chunk of one item
+ITEM_TOKENS = 1 << 20
+"""Tokens that a worker hands to litdata at once, at most, but whole documents. litdata copies them, so that a whole
+chunk at once would take a third more memory; and so few stay in the processor's cache until they are copied."""
+WORKER_DIED = (
+    "a worker process died, probably for lack of memory. Run the same command again, with fewer num_workers; what is "
+    "tokenised is kept."
+)
 _OPEN_FILES = 128  # token files that a worker keeps open
 
 
@@ -81,6 +88,28 @@ def cut(lengths: Iterator[npt.NDArray[np.int64]], most: int) -> Iterator[Piece]:
         yield Piece(start, entry, skip, filled)
 
 
+def tokens_per_chunk(chunk_bytes: int) -> int:
+    """Tokens that fit into a chunk file with its header, which says where each of its items begins.
+
+    Two neighbouring items hold more than ``ITEM_TOKENS`` together, which limits their number.
+    """
+    most_items = 2 * (chunk_bytes // (BYTES_PER_PAIR * ITEM_TOKENS)) + 1
+    return (chunk_bytes - 4 * (most_items + 2)) // BYTES_PER_PAIR
+
+
+def items(entries: npt.NDArray[Any]) -> Iterator[npt.NDArray[Any]]:
+    """Cut a chunk's entries into items: as many as fit into ``ITEM_TOKENS``, at least one.
+
+    A document is never cut here: litdata would put its beginning into the chunk before.
+    """
+    ends = np.cumsum(entries["length"], dtype=np.int64)
+    start, done = 0, 0  # entries and tokens
+    while start < len(entries):
+        stop = max(int(np.searchsorted(ends, done + ITEM_TOKENS, side="right")), start + 1)
+        yield entries[start:stop]
+        start, done = stop, int(ends[stop - 1])
+
+
 def entry_lengths(path: Path) -> Iterator[npt.NDArray[np.int64]]:
     """Tokens of a plan's entries, in blocks."""
     with open(path, "rb") as file:
@@ -107,14 +136,18 @@ class ChunkWriter:
         return lru_cache(_OPEN_FILES)(lambda unit: FileIO(self.token_files[unit]))
 
     def __call__(self, piece: Piece) -> Iterator[torch.Tensor]:
-        """Yield the chunk as one int32 tensor ``(2 * n_tokens,)``, each token followed by its document's ID."""
+        """Yield the chunk's items as int32 tensors ``(2 * n_tokens,)``, each token followed by its document's ID."""
         entries = np.fromfile(
             self.entries, dtype=ENTRY, count=piece.stop - piece.start, offset=piece.start * ENTRY.itemsize
         )
         entries["offset"][0] += piece.skip
         entries["length"][0] -= piece.skip
         entries["length"][-1] -= int(entries["length"].sum(dtype=np.int64)) - piece.tokens
-        tokens, stream = self._buffers(piece.tokens)
+        for item in items(entries):
+            yield self._interleaved(item)
+
+    def _interleaved(self, entries: npt.NDArray[Any]) -> torch.Tensor:
+        tokens, stream = self._buffers(int(entries["length"].sum(dtype=np.int64)))
         position = 0
         for unit, offset, length in entries[["unit", "offset", "length"]].tolist():
             place = tokens[position : position + length]
@@ -122,10 +155,10 @@ class ChunkWriter:
             if self._file(unit).readinto(place.data) != place.nbytes:
                 raise OSError(f"{self.token_files[unit]} ends before token {offset + length}")
             position += length
-        yield torch.from_numpy(interleave(tokens, entries["id"], entries["length"], out=stream))
+        return torch.from_numpy(interleave(tokens, entries["id"], entries["length"], out=stream))
 
     def _buffers(self, tokens: int) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32]]:
-        """Memory for tokens and for the stream, used again for each chunk: litdata copies one before it asks for more.
+        """Memory for tokens and for the stream, used again for each item: litdata copies one before it asks for more.
 
         New memory costs as much as filling it.
         """
@@ -210,11 +243,14 @@ def write_stream(
         work: Scratch folder; made here.
         chunk_bytes: Size of a chunk file in bytes, at most.
         num_workers: Processes that write.
+
+    Raises:
+        MemSinksError: If a worker died and litdata noticed; newer releases of it do not.
     """
     from litdata import TokensLoader, optimize
 
     work.mkdir(parents=True)
-    most = (chunk_bytes - HEADER_BYTES) // BYTES_PER_PAIR
+    most = tokens_per_chunk(chunk_bytes)
     pieces = list(cut(entry_lengths(entries), most))
     # litdata's own scratch folders default to fixed places in /tmp, where two runs would disturb each other
     caches = {f"DATA_OPTIMIZER_{name}CACHE_FOLDER": str(work / f"{name}cache") for name in ("", "DATA_")}
@@ -224,7 +260,7 @@ def write_stream(
             fn=ChunkWriter(entries, token_files),
             inputs=pieces,
             output_dir=str(out_dir),
-            # litdata ends a chunk before the item that no longer fits; two pieces never fit together
+            # litdata ends a chunk before the item that no longer fits, which a piece's first document never does
             chunk_bytes=most * BYTES_PER_PAIR,
             item_loader=TokensLoader(),
             num_workers=min(num_workers, len(pieces)),
@@ -234,6 +270,8 @@ def write_stream(
             start_method="fork" if sys.platform == "linux" else None,
             verbose=False,
         )
+    if not (out_dir / INDEX).is_file():
+        raise MemSinksError(f"The chunks of {out_dir.name} are not whole: {WORKER_DIED}")
     _put_in_order(out_dir)
 
 

@@ -42,7 +42,7 @@ class SplitCheck:
     """What was found in one split."""
 
     digest: str
-    """xxh3_128 of the stream's numbers in order, see ``chunks.stream_digest``"""
+    """xxh3_128 of the stream's numbers in order, see ``chunks.Checksums``"""
     tokens: int
     """Tokens read"""
     chunks: int
