@@ -5,6 +5,7 @@ Shared by all stages; not a stage itself.
 
 import copy
 from dataclasses import asdict, dataclass, fields
+from math import inf
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,6 +53,10 @@ class SinkArgs:
     attention: Attention = "row"
     """What a token of a training or validation row attends to: all of the row before it (row, the paper), or of its own
     document (document), whose neighbours have other sinks on"""
+    learning_rate: float = 1.0
+    """What the sinks' learning rate is in units of the optimizer's, above 0. Needs AdamW"""
+    weight_decay: float | None = None
+    """Weight decay of the sinks, at least 0. ``null``: the optimizer's. Needs AdamW"""
     mask_version: int = MASK_VERSION
     """Version of the mask function. Set it only to state on which version a recipe was made"""
 
@@ -73,6 +78,10 @@ class SinkArgs:
         if not 0 <= self.off_share < 1:
             raise MemSinksError(f"sinks.off_share is {self.off_share}, but it must be at least 0 and below 1.")
         _check_layers(self.layers)
+        if not 0 < self.learning_rate < inf:
+            raise MemSinksError(f"sinks.learning_rate is {self.learning_rate}, but it must be above 0, and finite.")
+        if self.weight_decay is not None and not 0 <= self.weight_decay < inf:
+            raise MemSinksError(f"sinks.weight_decay is {self.weight_decay}, but it must be at least 0, and finite.")
         if not isinstance(self.seed, int) or not -(2**31) <= self.seed < 2**31:
             raise MemSinksError(f"sinks.seed is {self.seed}, but it must be an integer in [-2**31, 2**31).")
         if self.mask_version != MASK_VERSION:
@@ -288,6 +297,10 @@ class MemSinksConfig(BaseConfig):
     """See ``SinkArgs.mask``"""
     sink_attention: Attention = "row"
     """See ``SinkArgs.attention``; without effect where a row is one document"""
+    sink_learning_rate: float = 1.0
+    """See ``SinkArgs.learning_rate``; without effect outside training"""
+    sink_weight_decay: float | None = None
+    """See ``SinkArgs.weight_decay``; without effect outside training"""
     sink_mask_version: int = MASK_VERSION
     """Version of the mask function that the weights were trained with"""
     sink_removed: str = ""
@@ -319,6 +332,8 @@ class MemSinksConfig(BaseConfig):
             layers=self.sink_layers,
             mask=self.sink_mask,
             attention=self.sink_attention,
+            learning_rate=self.sink_learning_rate,
+            weight_decay=self.sink_weight_decay,
             mask_version=self.sink_mask_version,
         ).check()
         if self.sink_layers is not None and max(self.sink_layers) >= self.n_layer:
@@ -399,6 +414,8 @@ class MemSinksConfig(BaseConfig):
             sink_layers=copy.deepcopy(sinks.layers),
             sink_mask=sinks.mask,
             sink_attention=sinks.attention,
+            sink_learning_rate=sinks.learning_rate,
+            sink_weight_decay=sinks.weight_decay,
             sink_mask_version=sinks.mask_version,
         )
 

@@ -48,6 +48,8 @@ CARRIED = {
     "layers": ([1], "sink_layers", [1]),
     "mask": ("exact", "sink_mask", "exact"),
     "attention": ("document", "sink_attention", "document"),
+    "learning_rate": (3.0, "sink_learning_rate", 3.0),
+    "weight_decay": (0.0, "sink_weight_decay", 0.0),
     "mask_version": (MASK_VERSION + 6, "sink_mask_version", MASK_VERSION + 6),
 }
 
@@ -66,6 +68,8 @@ REFUSED = {
     "layers": [([], "[]"), ([0, 0], "[0, 0]"), ([-1], "[-1]"), ([0.5], "[0.5]")],
     "mask": [("top_k", "'top_k'")],
     "attention": [("block", "'block'")],
+    "learning_rate": [(0.0, "0.0"), (-1.0, "-1.0"), (math.inf, "inf"), (math.nan, "nan")],
+    "weight_decay": [(-0.1, "-0.1"), (math.inf, "inf"), (math.nan, "nan")],
     "mask_version": [(0, "0"), (2, "2")],
 }
 
@@ -81,6 +85,8 @@ ACCEPTED = {
     "layers": [None, [0], [1, 0]],
     "mask": ["bernoulli", "exact"],
     "attention": ["row", "document"],
+    "learning_rate": [1e-9, 1.0, 1e9],
+    "weight_decay": [None, 0.0, 1e9],
     "mask_version": [MASK_VERSION],
 }
 

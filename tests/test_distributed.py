@@ -24,6 +24,8 @@ from tests.test_launch import initialized
 FIXED = {
     "class_path": "tests.fixed_batches.FixedBatches",
     "data__sinks__shared_fraction": 0.5,
+    "data__sinks__learning_rate": 2.0,  # what belongs to sinks lies elsewhere on each process
+    "data__sinks__weight_decay": 0.3,
     "train__micro_batch_size": 1,
     "train__global_batch_size": 4,
     "train__save_interval": 5,

@@ -89,7 +89,7 @@ def test_settings_are_set_against_the_demos_references(tmp_path, monkeypatch, ca
         subprocess.run(command, check=True, capture_output=True)
     path = tmp_path / "settings.yaml"
     sinks = {"shared_fraction": 0.3, "off_share": 0.1, "layers": [1], "mask": "exact", "sinks_for": "repeated"}
-    sinks["attention"] = "document"
+    sinks |= {"attention": "document", "learning_rate": 2.0, "weight_decay": 0.0}
     without = {"name": "without", "left_out": True, "sinks": {"shared_fraction": 1.0}}
     path.write_text(yaml.safe_dump([{"name": "all", "sinks": sinks}, {"name": "noise", "id_noise": 0.5}, without]))
     capsys.readouterr()
@@ -104,6 +104,7 @@ def test_settings_are_set_against_the_demos_references(tmp_path, monkeypatch, ca
     assert (saved["sink_n_shared"], saved["sink_off_share"], saved["sink_layers"]) == (115, 0.1, [1])
     assert (saved["sink_mask"], saved["sink_sinks_for"]) == ("exact", "repeated")
     assert saved["sink_attention"] == "document"
+    assert (saved["sink_learning_rate"], saved["sink_weight_decay"]) == (2.0, 0.0)
     noisy = json.loads((tmp_path / "out/data/id_noise_0.5" / MANIFEST).read_text())
     assert noisy["recipe"]["id_noise"] == 0.5
     written = (tmp_path / "out/all-seed1/final/lit_model.pth").stat().st_mtime_ns

@@ -333,6 +333,8 @@ def test_run_says_what_is_beyond_the_paper() -> None:
     beyond = "exactly so many, off in 0.5 of the rows, in layers 1, attention within documents)"
     assert f"(repeated documents, scale none, {beyond}" in said
     assert "scale none)." in describe(model_with().config)
+    said = describe(model_with(learning_rate=3.0, weight_decay=0.0).config)
+    assert "scale none, at 3 times the learning rate, with a weight decay of 0)." in said
     for others in (SinkArgs(1.0, attention="document"), SinkArgs(0.25, method="mask_exact", attention="document")):
         said = describe(MemSinksConfig.from_base(Config(**TINY_MODEL), others))
         assert said.endswith(", attention within documents.")
@@ -345,7 +347,16 @@ def test_plan_knows_that_exact_masks_do_not_vary() -> None:
 
 
 @pytest.mark.parametrize(
-    "setting", [{"off_share": 0.1}, {"layers": [0]}, {"mask": "exact"}, {"attention": "document"}], ids=str
+    "setting",
+    [
+        {"off_share": 0.1},
+        {"layers": [0]},
+        {"mask": "exact"},
+        {"attention": "document"},
+        {"learning_rate": 3.0},
+        {"weight_decay": 0.5},
+    ],
+    ids=str,
 )
 def test_going_on_with_another_setting_is_refused(setting: dict[str, Any], tmp_path: Any) -> None:
     (name,) = setting

@@ -15,6 +15,7 @@ from litdata import TokensLoader, optimize
 
 from litgpt_memsinks import MemSinksConfig, SinkArgs
 from litgpt_memsinks.model.checkpoint import read_weights
+from litgpt_memsinks.model.model import sliced_dimension
 from litgpt_memsinks.pretrain import pretrain
 from tests.console import (
     LIBRARIES,
@@ -110,6 +111,8 @@ def test_checkpoint_carries_its_configuration_and_tokenizer(sink_run, prepared):
         "sink_layers": None,
         "sink_mask": "bernoulli",
         "sink_attention": "row",
+        "sink_learning_rate": 1.0,
+        "sink_weight_decay": None,
         "sink_mask_version": 1,
         "sink_removed": "",
         "sink_removed_documents": 0,
@@ -120,6 +123,21 @@ def test_checkpoint_carries_its_configuration_and_tokenizer(sink_run, prepared):
 def test_sinks_for_repeated_trains_another_model_on_the_same_stream(sink_run, prepared, tmp_path):
     litgpt(*pretrain_arguments(tmp_path / "out", prepared, **SINKS, data__sinks__sinks_for="repeated"))
     assert logged(tmp_path / "out") != logged(sink_run[0])
+
+
+def test_sinks_with_a_learning_rate_of_their_own(prepared, tmp_path):
+    """Of a millionth: sinks hardly move while the shared neurons learn."""
+    own = {"data__sinks__learning_rate": 1e-6, "data__sinks__weight_decay": 0.0}
+    result = litgpt(*pretrain_arguments(tmp_path / "out", prepared, **SINKS, **own, train__save_interval=1))
+    assert "at 1e-06 times the learning rate, with a weight decay of 0)." in result.stdout
+    first, last = (read_weights(tmp_path / "out" / name) for name in ("step-00000001", "final"))
+    moved = {}
+    for name in [name for name in first if sliced_dimension(name) is not None]:
+        change = (last[name] - first[name]).abs().movedim(sliced_dimension(name), 0)
+        moved |= {(name, "shared"): float(change[:32].mean()), (name, "sinks"): float(change[32:].mean())}
+    assert len(moved) == 2 * 2 * 3
+    assert {part for part, change in moved.items() if change < 1e-7} == {part for part in moved if part[1] == "sinks"}
+    assert all(change > 1e-4 for part, change in moved.items() if part[1] == "shared")
 
 
 def test_resume_continues_bit_for_bit(sink_run, prepared, tmp_path):

@@ -140,6 +140,8 @@ def test_facts_about_a_model_with_sinks(tmp_path):
         "layers": None,
         "mask": "bernoulli",
         "attention": "row",
+        "learning_rate": 1.0,
+        "weight_decay": None,
     }
     other = Subject.at("b", save(tmp_path / "b", sink_model(seed=4)))
     assert other.sha256 == subject.sha256  # the same weights

@@ -13,13 +13,9 @@ from litgpt.config import Config
 
 from litgpt_memsinks.config import MemSinksConfig
 from litgpt_memsinks.errors import MemSinksError
-from litgpt_memsinks.model.model import MARKER, REMOVED, check_removed, removed_mask, sink_scale
+from litgpt_memsinks.model.model import MARKER, REMOVED, check_removed, removed_mask, sink_scale, sliced_dimension
 from litgpt_memsinks.sinks.masks import only_repeated
 
-ROWS = ("mlp.fc.", "mlp.fc_1.", "mlp.fc_2.")
-"""Layers of an MLP whose output neurons are hidden neurons: weights ``(intermediate_size, n_embd)`` and biases."""
-COLUMNS = "mlp.proj.weight"
-"""Weights whose inputs are hidden neurons: ``(n_embd, intermediate_size)``. Its bias belongs to the residual stream."""
 EMBEDDINGS = ("lm_head.weight", "transformer.wte.weight")
 """The two weights that are one if embeddings are tied."""
 
@@ -85,7 +81,7 @@ def neuron_dimensions(weights: Mapping[str, torch.Tensor], config: Config) -> di
     Raises:
         MemSinksError: If one is missing or has another shape than the configuration says.
     """
-    found = {name: place for name in weights if (place := _sliced_dimension(name)) is not None}
+    found = {name: place for name in weights if (place := sliced_dimension(name)) is not None}
     for name, dimension in found.items():
         if weights[name].size(dimension) != config.intermediate_size:
             raise MemSinksError(
@@ -128,7 +124,7 @@ class PlainWeights(Mapping[str, torch.Tensor]):
         if name in (MARKER, REMOVED):
             raise KeyError(name)
         weight = self._weights[name]
-        dimension = _sliced_dimension(name)
+        dimension = sliced_dimension(name)
         if dimension is None:
             return weight
         shared = weight.narrow(dimension, 0, self._n_shared)
@@ -167,10 +163,3 @@ def tied(weights: Mapping[str, torch.Tensor]) -> bool:
 def layer_of(name: str) -> int:
     """The layer that a parameter of a block belongs to, from its name, such as ``transformer.h.3.mlp.proj.weight``."""
     return int(name.partition("transformer.h.")[2].partition(".")[0])
-
-
-def _sliced_dimension(name: str) -> int | None:
-    """Along which dimension a parameter has one entry per hidden neuron of an MLP, if any."""
-    if any(part in name for part in ROWS):
-        return 0
-    return 1 if name.endswith(COLUMNS) else None

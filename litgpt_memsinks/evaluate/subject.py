@@ -244,6 +244,8 @@ def _sinks(model: BaseGPT) -> dict[str, Any] | None:
         "layers": config.sink_layers,
         "mask": config.sink_mask,
         "attention": config.sink_attention,
+        "learning_rate": config.sink_learning_rate,
+        "weight_decay": config.sink_weight_decay,
     }
 
 

@@ -31,6 +31,17 @@ MARKER = "n_shared"
 """Name of the buffer that tells a checkpoint with sinks from a plain one: a plain GPT's strict load refuses it."""
 REMOVED = "sink_removed"
 """Name of the buffer that travels with weights of which some sinks were removed: uint8 ``(n_sink,)``, 1 if removed."""
+ROWS = ("mlp.fc.", "mlp.fc_1.", "mlp.fc_2.")
+"""Layers of an MLP whose output neurons are hidden neurons: weights ``(intermediate_size, n_embd)`` and biases."""
+COLUMNS = "mlp.proj.weight"
+"""Weights whose inputs are hidden neurons: ``(n_embd, intermediate_size)``. Its bias belongs to the residual stream."""
+
+
+def sliced_dimension(name: str) -> int | None:
+    """Along which dimension a parameter of this name has one entry per hidden neuron of an MLP, if any."""
+    if any(part in name for part in ROWS):
+        return 0
+    return 1 if name.endswith(COLUMNS) else None
 
 
 def removed_mask(config: MemSinksConfig) -> torch.Tensor:

@@ -39,6 +39,7 @@ from litgpt_memsinks.pretrain.resuming import check_same_run
 from litgpt_memsinks.pretrain.resuming import find as find_checkpoint
 from litgpt_memsinks.pretrain.run import Run
 from litgpt_memsinks.pretrain.saving import save_checkpoint
+from litgpt_memsinks.pretrain.sink_steps import give_sinks_their_steps
 from litgpt_memsinks.pretrain.watch import Watch
 
 NO_COMPILER = (
@@ -179,6 +180,8 @@ def replacements(run: Run) -> dict[str, Any]:
 def fit(run: Run, *args: Any, state: dict[str, Any], **kwargs: Any) -> None:
     """LitGPT's ``fit``, whose state the run keeps in sight."""
     run.state = state
+    with together(run.fabric):
+        give_sinks_their_steps(run)
     check_batches(run, kwargs["train_dataloader"], kwargs["val_dataloader"])
     base_fit(*args, state=state, **kwargs)
 
@@ -193,7 +196,8 @@ def describe(config: MemSinksConfig) -> str:
     if config.sink_method != "memsinks":
         return (
             f"Gradient masking ({config.sink_method}): repeated documents train {config.n_sink} of {size} neurons of "
-            f"each MLP, all others the other {config.n_shared} (g = {config.n_shared / size:.3f}){within}."
+            f"each MLP{_beyond_the_paper(config)}, all others the other {config.n_shared} (g = "
+            f"{config.n_shared / size:.3f}){within}."
         )
     return (
         f"MemSinks: {config.n_shared} of {size} neurons of each MLP are shared (g = {config.n_shared / size:.3f}), "
@@ -207,6 +211,9 @@ def _beyond_the_paper(config: MemSinksConfig) -> str:
     """What `describe` says of settings that the paper does not have, where they are not left at their defaults."""
     said = ", exactly so many" * (config.sink_mask == "exact")
     said += f", off in {config.sink_off_share:g} of the rows" * bool(config.sink_off_share)
+    said += f", at {config.sink_learning_rate:g} times the learning rate" * (config.sink_learning_rate != 1)
+    if config.sink_weight_decay is not None:
+        said += f", with a weight decay of {config.sink_weight_decay:g}"
     return said + (f", in layers {', '.join(map(str, config.sink_layers))}" if config.sink_layers is not None else "")
 
 
