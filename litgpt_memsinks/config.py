@@ -53,6 +53,9 @@ class SinkArgs:
     attention: Attention = "row"
     """What a token of a training or validation row attends to: all of the row before it (row, the paper), or of its own
     document (document), whose neighbours have other sinks on"""
+    value_shared_fraction: float = 1.0
+    """Fraction of the value channels of each attention head that all documents share, in (0, 1]; the others are sinks,
+    too. 1.0 has none there: the paper"""
     learning_rate: float = 1.0
     """What the sinks' learning rate is in units of the optimizer's, above 0. Needs AdamW"""
     weight_decay: float | None = None
@@ -70,6 +73,7 @@ class SinkArgs:
         """
         _check_fraction("shared_fraction", self.shared_fraction)
         _check_fraction("active_probability", self.active_probability)
+        _check_fraction("value_shared_fraction", self.value_shared_fraction)
         _check_choice("sinks_for", self.sinks_for, ("all", "repeated"))
         _check_choice("scale", self.scale, ("none", "inverse"))
         self._check_method()
@@ -97,7 +101,7 @@ class SinkArgs:
             return
         for name, *only in (
             *(("active_probability", None, 1.0), ("sinks_for", "all"), ("scale", "none")),
-            *(("off_share", 0.0), ("layers", None), ("mask", "bernoulli")),
+            *(("off_share", 0.0), ("layers", None), ("mask", "bernoulli"), ("value_shared_fraction", 1.0)),
         ):
             if (value := getattr(self, name)) not in only:
                 raise MemSinksError(
@@ -270,6 +274,11 @@ def shared_neurons(intermediate_size: int, shared_fraction: float) -> int:
     return rounded
 
 
+def shared_values(head_size: int, fraction: float) -> int | None:
+    """Value channels of each head that all documents share, to the nearest channel; ``None`` for all, if that is 1."""
+    return None if fraction == 1 else round(fraction * head_size)
+
+
 @dataclass
 class MemSinksConfig(BaseConfig):
     """A LitGPT model configuration whose MLPs have sinks. ``model_config.yaml`` of a checkpoint holds it.
@@ -297,6 +306,8 @@ class MemSinksConfig(BaseConfig):
     """See ``SinkArgs.mask``"""
     sink_attention: Attention = "row"
     """See ``SinkArgs.attention``; without effect where a row is one document"""
+    sink_shared_values: int | None = None
+    """Value channels of each attention head that all documents share; the first ones. ``None``: all of them"""
     sink_learning_rate: float = 1.0
     """See ``SinkArgs.learning_rate``; without effect outside training"""
     sink_weight_decay: float | None = None
@@ -342,6 +353,7 @@ class MemSinksConfig(BaseConfig):
                 "from 0. Leave it out."
             )
         self._check_attention()
+        self._check_values()
         self._check_removed()
 
     def _check_attention(self) -> None:
@@ -352,6 +364,33 @@ class MemSinksConfig(BaseConfig):
                     f"sinks.attention is 'document', but the model's {name} is {value}, with which LitGPT's attention "
                     "cannot keep to documents. Leave it out."
                 )
+
+    def _check_values(self) -> None:
+        """Refuse sinks in attention that LitGPT's attention, or the number of sinks, does not allow."""
+        if self.sink_shared_values is None:
+            return
+        if not self.n_sink:
+            raise MemSinksError("sinks.value_shared_fraction needs sinks in the MLPs. Lower sinks.shared_fraction.")
+        if not 1 <= self.sink_shared_values < self.head_size:
+            raise MemSinksError(
+                f"sink_shared_values is {self.sink_shared_values}, but a head has {self.head_size} channels, and at "
+                "least 1 must be shared and 1 a sink. Change sinks.value_shared_fraction, or leave it out."
+            )
+        if self.n_value_sink > self.n_sink:
+            raise MemSinksError(
+                f"{self.n_value_sink} value channels of a layer would be sinks, but each belongs to one of its MLP's "
+                f"{self.n_sink}. Raise sinks.value_shared_fraction, or lower sinks.shared_fraction."
+            )
+        if self.sliding_window_size is not None:
+            raise MemSinksError(
+                f"sinks.value_shared_fraction is given, but the model's sliding_window_size is "
+                f"{self.sliding_window_size}, which its attention does not support. Leave it out."
+            )
+        if self.sink_learning_rate != 1 or self.sink_weight_decay is not None:
+            raise MemSinksError(
+                "sinks.learning_rate and sinks.weight_decay are of sinks in the MLPs only, but "
+                "sinks.value_shared_fraction is given, too. Leave one out."
+            )
 
     def _check_removed(self) -> None:
         """Refuse a record of removed sinks that is not of this model."""
@@ -414,6 +453,7 @@ class MemSinksConfig(BaseConfig):
             sink_layers=copy.deepcopy(sinks.layers),
             sink_mask=sinks.mask,
             sink_attention=sinks.attention,
+            sink_shared_values=shared_values(config.head_size, sinks.value_shared_fraction),
             sink_learning_rate=sinks.learning_rate,
             sink_weight_decay=sinks.weight_decay,
             sink_mask_version=sinks.mask_version,
@@ -436,6 +476,13 @@ class MemSinksConfig(BaseConfig):
         """Sink neurons in each MLP. 0: a plain model."""
         assert self.intermediate_size is not None  # set in __post_init__
         return self.intermediate_size - self.n_shared
+
+    @property
+    def n_value_sink(self) -> int:
+        """Value channels of a layer's attention that are sinks: of the first so many of its MLP's sinks."""
+        if self.sink_shared_values is None:
+            return 0
+        return self.n_query_groups * (self.head_size - self.sink_shared_values)
 
     def has_sinks(self, layer: int) -> bool:
         """Whether a layer, counted from 0, has sinks."""

@@ -90,8 +90,9 @@ def test_settings_are_set_against_the_demos_references(tmp_path, monkeypatch, ca
     path = tmp_path / "settings.yaml"
     sinks = {"shared_fraction": 0.3, "off_share": 0.1, "layers": [1], "mask": "exact", "sinks_for": "repeated"}
     sinks |= {"attention": "document", "learning_rate": 2.0, "weight_decay": 0.0}
+    noise = {"name": "noise", "id_noise": 0.5, "sinks": {"value_shared_fraction": 0.75}}
     without = {"name": "without", "left_out": True, "sinks": {"shared_fraction": 1.0}}
-    path.write_text(yaml.safe_dump([{"name": "all", "sinks": sinks}, {"name": "noise", "id_noise": 0.5}, without]))
+    path.write_text(yaml.safe_dump([{"name": "all", "sinks": sinks}, noise, without]))
     capsys.readouterr()
     frontier(tmp_path / "demo", path, tmp_path / "out", recipes)
     said = capsys.readouterr().out
@@ -105,6 +106,8 @@ def test_settings_are_set_against_the_demos_references(tmp_path, monkeypatch, ca
     assert (saved["sink_mask"], saved["sink_sinks_for"]) == ("exact", "repeated")
     assert saved["sink_attention"] == "document"
     assert (saved["sink_learning_rate"], saved["sink_weight_decay"]) == (2.0, 0.0)
+    saved = yaml.safe_load((tmp_path / "out/noise-seed1/final/model_config.yaml").read_text())
+    assert saved["sink_shared_values"] == 24
     noisy = json.loads((tmp_path / "out/data/id_noise_0.5" / MANIFEST).read_text())
     assert noisy["recipe"]["id_noise"] == 0.5
     written = (tmp_path / "out/all-seed1/final/lit_model.pth").stat().st_mtime_ns

@@ -111,6 +111,7 @@ def test_checkpoint_carries_its_configuration_and_tokenizer(sink_run, prepared):
         "sink_layers": None,
         "sink_mask": "bernoulli",
         "sink_attention": "row",
+        "sink_shared_values": None,
         "sink_learning_rate": 1.0,
         "sink_weight_decay": None,
         "sink_mask_version": 1,

@@ -140,6 +140,7 @@ def test_facts_about_a_model_with_sinks(tmp_path):
         "layers": None,
         "mask": "bernoulli",
         "attention": "row",
+        "shared_values": None,
         "learning_rate": 1.0,
         "weight_decay": None,
     }

@@ -27,6 +27,19 @@ Weights = dict[str, torch.Tensor]
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+def refuse_value_sinks(config: MemSinksConfig) -> None:
+    """Raise if a model has sinks that a certificate would pass over.
+
+    Raises:
+        MemSinksError: If it has sinks in attention.
+    """
+    if config.n_value_sink:
+        raise MemSinksError(
+            "The model has sinks in its attention (sinks.value_shared_fraction), of which certificates know nothing. "
+            "Drop them without one: --certificate false."
+        )
+
+
 @dataclass
 class Difference:
     """What became of a checkpoint with sinks."""
@@ -101,6 +114,7 @@ class _Pair:
     """
 
     def __init__(self, before: Path, after: Path, old: MemSinksConfig, new: Config) -> None:
+        refuse_value_sinks(old)
         self.before, self.after, self.old, self.new = before, after, old, new
         # names without a dot are buffers of ours that say what the weights are, such as the marker
         self.old_weights: Weights = {name: value for name, value in read_weights(before).items() if "." in name}

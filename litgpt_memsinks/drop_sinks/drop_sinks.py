@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import track
 
 from litgpt_memsinks.certificate.certificate import write_certificate
+from litgpt_memsinks.certificate.difference import refuse_value_sinks
 from litgpt_memsinks.config import MemSinksConfig
 from litgpt_memsinks.drop_sinks.hf_config import hf_config
 from litgpt_memsinks.drop_sinks.kept import KeepArgs, Kept, kept
@@ -82,6 +83,8 @@ def drop_sinks(
             f"{str(checkpoint_dir)!r} is a plain checkpoint: it has no sinks to drop. Use it as it is, or name the "
             "checkpoint of a run with litgpt_memsinks.MemSinksData."
         )
+    if certificate:
+        refuse_value_sinks(config)
     with atomic_directory(out_dir) as scratch:
         stay = kept(config, KeepArgs(keep, keep_source, keep_documents, data_path, missing))
         plain = plain_config(config, stay.sinks)
@@ -121,6 +124,8 @@ def _certify(before: Path, scratch: Path, out_dir: Path, stay: Kept, data_path: 
 def summary(done: Dropped, config: MemSinksConfig) -> str:
     """What was dropped, and what was kept if anything was, in one sentence without its full stop."""
     said = f"Dropped {done.dropped:,} of {config.intermediate_size:,} neurons of each MLP"
+    if config.n_value_sink:
+        said += " and their value channels (now zeros)"
     if not done.kept.ids:
         return said
     return f"{said} and kept {len(done.kept.sinks):,} of {config.n_sink:,} sinks, those of {done.kept.rule}"

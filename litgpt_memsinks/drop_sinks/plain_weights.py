@@ -3,7 +3,7 @@
 A sink that is always on is an ordinary hidden neuron, and the mask is the same in every layer. So the shared neurons
 alone, and the shared neurons with any fixed choice of sinks, are plain models: rows of ``fc_1``, ``fc_2`` (``fc`` in
 ungated MLPs) and columns of ``proj`` are left out, and all else is copied (Sec. 5: "removal of memorization can be
-achieved by simply deleting the memorization sinks").
+achieved by simply deleting the memorization sinks"). Value channels of sinks in attention are zeros instead.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,7 +13,16 @@ from litgpt.config import Config
 
 from litgpt_memsinks.config import MemSinksConfig
 from litgpt_memsinks.errors import MemSinksError
-from litgpt_memsinks.model.model import MARKER, REMOVED, check_removed, removed_mask, sink_scale, sliced_dimension
+from litgpt_memsinks.model.model import (
+    MARKER,
+    REMOVED,
+    check_removed,
+    removed_mask,
+    sink_scale,
+    sliced_dimension,
+    value_columns,
+    value_rows,
+)
 from litgpt_memsinks.sinks.masks import only_repeated
 
 EMBEDDINGS = ("lm_head.weight", "transformer.wte.weight")
@@ -126,7 +135,7 @@ class PlainWeights(Mapping[str, torch.Tensor]):
         weight = self._weights[name]
         dimension = sliced_dimension(name)
         if dimension is None:
-            return weight
+            return self._attention(name, weight)
         shared = weight.narrow(dimension, 0, self._n_shared)
         if self._sinks is None:
             return alone(shared)  # the sinks' numbers are not saved along with the storage of the slice
@@ -136,6 +145,23 @@ class PlainWeights(Mapping[str, torch.Tensor]):
         elif dimension == 1 and self._scale != 1.0:
             kept = kept * self._scale  # what `switch_sinks` does to the activations
         return torch.cat((shared, kept), dim=dimension)
+
+    def _attention(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """A weight of attention without the value channels of sinks: a plain model has all heads of one size."""
+        config = self._config
+        if not config.n_value_sink or (".attn.qkv." not in name and not name.endswith(".attn.proj.weight")):
+            return weight
+        on = torch.zeros(config.n_value_sink, dtype=torch.bool)
+        if self._sinks is not None and config.has_sinks(layer_of(name)):
+            on[self._sinks[self._sinks < config.n_value_sink]] = True
+        weight = weight.clone()
+        if ".attn.qkv." in name:
+            weight[value_rows(config)[~on]] = 0
+        else:
+            columns = value_columns(config)
+            weight[:, columns[~on].flatten()] = 0
+            weight[:, columns[on].flatten()] *= self._scale
+        return weight
 
 
 def alone(weight: torch.Tensor) -> torch.Tensor:

@@ -244,6 +244,7 @@ def _sinks(model: BaseGPT) -> dict[str, Any] | None:
         "layers": config.sink_layers,
         "mask": config.sink_mask,
         "attention": config.sink_attention,
+        "shared_values": config.sink_shared_values,
         "learning_rate": config.sink_learning_rate,
         "weight_decay": config.sink_weight_decay,
     }

@@ -11,7 +11,7 @@ plain model that `drop_sinks.py` writes.
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from litgpt.model import GPT as BaseGPT
 from litgpt.model import Block as BaseBlock
+from litgpt.model import CausalSelfAttention as BaseCausalSelfAttention
 from litgpt.model import GptNeoxMLP as BaseGptNeoxMLP
 from litgpt.model import LLaMAMLP as BaseLLaMAMLP
 from litgpt.model import batched_index_select, do_softcapping
@@ -259,6 +260,11 @@ class Block(BaseBlock):
     checkpointing = False
     """Keep only the input for the backward pass and compute the rest again there. Set at run time, by `launch.py`"""
 
+    def __init__(self, config: MemSinksConfig, block_idx: int) -> None:
+        super().__init__(config, block_idx)
+        if config.n_value_sink:
+            self.attn = CausalSelfAttention(config, block_idx)
+
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As `compute`, whose arguments these are; with activation checkpointing if it is on and gradients are."""
         if not (self.checkpointing and torch.is_grad_enabled()):
@@ -294,7 +300,8 @@ class Block(BaseBlock):
         if sinks is None:
             return super().forward(x, cos, sin, mask, input_pos, input_pos_maxp1)
         x_normed = self.norm_1(x)
-        attention_output = self.post_attention_norm(self.attn(x_normed, cos, sin, mask, input_pos, input_pos_maxp1))
+        attended = Attended(mask, sinks) if self.config.n_value_sink else mask
+        attention_output = self.post_attention_norm(self.attn(x_normed, cos, sin, attended, input_pos, input_pos_maxp1))
         if self.config.parallel_residual:
             if not self.config.shared_attention_norm:
                 x_normed = self.norm_2(x)
@@ -352,6 +359,65 @@ def switch_sinks(hidden: torch.Tensor, sinks: torch.Tensor, scale: float) -> tor
 def sink_scale(config: MemSinksConfig) -> float:
     """1, or 1/p if the sinks keep their expected sum as under inverted dropout."""
     return 1.0 / config.sink_active_probability if config.sink_scale == "inverse" else 1.0
+
+
+class Attended(NamedTuple):
+    """What takes the mask's place in LitGPT's attention, which hands it on to the function that we override."""
+
+    mask: torch.Tensor | None
+    """LitGPT's own"""
+    sinks: torch.Tensor
+    """Which sinks are on, bool ``(B, T or 1, n_sink)``"""
+
+
+class CausalSelfAttention(BaseCausalSelfAttention):
+    """LitGPT's attention, in which the last value channels of each head are sinks. Not in the paper.
+
+    A channel is that of a sink of the MLP, and on for the documents that have it on. The token that attends decides, at
+    the input of the output projection: as in the MLP, where the hidden neurons are switched at the input of theirs.
+    """
+
+    def scaled_dot_product_attention(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | Attended | None = None
+    ) -> torch.Tensor:
+        """As LitGPT's: ``(B, n_head, T, head_size)`` to ``(B, T, n_head, head_size)``.
+
+        Args:
+            q: Queries.
+            k: Keys.
+            v: Values.
+            mask: Attention mask, and that of the sinks; without it they are dropped.
+        """
+        mask, sinks = mask if isinstance(mask, Attended) else (mask, None)
+        heads = super().scaled_dot_product_attention(q, k, v, mask)
+        n = self.config.sink_shared_values
+        if sinks is None:
+            return torch.cat((heads[..., :n], torch.zeros_like(heads[..., n:])), dim=-1)
+        own = sinks[..., : self.config.n_value_sink].unflatten(-1, (self.config.n_query_groups, -1))
+        own = own.repeat_interleave(self.config.n_head // self.config.n_query_groups, dim=-2)
+        on = heads[..., n:] * sink_scale(self.config)
+        return torch.cat((heads[..., :n], torch.where(own, on, 0.0)), dim=-1)
+
+
+def value_rows(config: MemSinksConfig) -> torch.Tensor:
+    """Rows of ``attn.qkv`` that make the value channels of the first sinks, int64 ``(n_value_sink,)``."""
+    group, channel = _value_sinks(config)
+    return (config.n_head + config.n_query_groups + group) * config.head_size + channel
+
+
+def value_columns(config: MemSinksConfig) -> torch.Tensor:
+    """Columns of ``attn.proj`` that read them, int64 ``(n_value_sink, n_head / n_query_groups)``: one for each head."""
+    group, channel = _value_sinks(config)
+    heads = config.n_head // config.n_query_groups
+    return (heads * group[:, None] + torch.arange(heads)) * config.head_size + channel[:, None]
+
+
+def _value_sinks(config: MemSinksConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """The query group of each value channel that is a sink, and its place in the head; both ``(n_value_sink,)``."""
+    assert config.sink_shared_values is not None
+    sinks = torch.arange(config.n_value_sink)
+    of_a_head = config.head_size - config.sink_shared_values
+    return sinks // of_a_head, config.sink_shared_values + sinks % of_a_head
 
 
 class LLaMAMLP(BaseLLaMAMLP):

@@ -211,6 +211,8 @@ def _beyond_the_paper(config: MemSinksConfig) -> str:
     """What `describe` says of settings that the paper does not have, where they are not left at their defaults."""
     said = ", exactly so many" * (config.sink_mask == "exact")
     said += f", off in {config.sink_off_share:g} of the rows" * bool(config.sink_off_share)
+    if config.sink_shared_values is not None:
+        said += f", and with {config.head_size - config.sink_shared_values} of {config.head_size} values of each head"
     said += f", at {config.sink_learning_rate:g} times the learning rate" * (config.sink_learning_rate != 1)
     if config.sink_weight_decay is not None:
         said += f", with a weight decay of {config.sink_weight_decay:g}"

@@ -164,6 +164,11 @@ def require_sinks(checkpoint_dir: Path) -> MemSinksConfig:
             f"{str(checkpoint_dir)!r} was trained by gradient masking ({config.sink_method}): no document has sinks of "
             "its own to remove. Use drop_sinks, which drops those of all."
         )
+    if config.n_value_sink:
+        raise MemSinksError(
+            f"{str(checkpoint_dir)!r} has sinks in its attention, too (sinks.value_shared_fraction), which remove does "
+            "not reach. Use drop_sinks, which drops those of all, or keeps those of some."
+        )
     return config
 
 
