@@ -9,9 +9,11 @@ import torch
 from litgpt.config import Config
 from litgpt.model import GPT as BaseGPT
 from torch._dynamo.testing import CompileCounter
+from transformers import AutoModelForCausalLM
 
 from litgpt_memsinks.config import MemSinksConfig, SinkArgs
 from litgpt_memsinks.drop_sinks.drop_sinks import drop_sinks
+from litgpt_memsinks.drop_sinks.export_hf import export_hf
 from litgpt_memsinks.errors import MemSinksError
 from litgpt_memsinks.model.model import GPT
 from litgpt_memsinks.pretrain.pretrain import describe
@@ -158,6 +160,15 @@ def test_dropped_and_kept(kind: str, layers: list[int] | None, tmp_path: Path, c
     own = model(tokens, sequence_ids=torch.tensor([77, 77]))
     torch.testing.assert_close(stock(tmp_path / "kept")(tokens), own, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(own, model(tokens), atol=1e-2)
+
+
+@torch.inference_mode()
+def test_transformers_computes_the_same(tmp_path: Path) -> None:
+    model = save(tmp_path / "in", sinks=ARGS, **HEADS | KINDS["groups"])
+    export_hf(tmp_path / "in", tmp_path / "hf")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    tokens = torch.randint(0, 512, (2, 24))
+    torch.testing.assert_close(theirs(tokens).logits, model(tokens), atol=1e-5, rtol=1e-5)
 
 
 def test_what_does_not_know_of_it_refuses(tmp_path: Path) -> None:
