@@ -107,7 +107,7 @@ class Pair:
 def bench_data(
     corpus: Path | None = None,
     tokenizer_dir: Path | None = None,
-    files: int = 24,
+    files: int = 50,
     rounds: int = 3,
     growth: int = 10,
     num_workers: int | None = None,
@@ -118,7 +118,7 @@ def bench_data(
     Args:
         corpus: Folder of SlimPajama's `.jsonl.zst` files; made-up stories by default. Copies of them are prepared.
         tokenizer_dir: A tokenizer; one of 4,096 tokens trained on stories by default.
-        files: How many files to prepare.
+        files: How many files to prepare. With few, what does not grow with the data (half a second) weighs too much.
         rounds: How often each contender takes its turn.
         growth: How many times as many files to measure our memory on; 1 leaves that out.
         num_workers: Processes; one per core by default. LitGPT's own always takes one per core.
