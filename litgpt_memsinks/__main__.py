@@ -13,7 +13,7 @@ from typing import NamedTuple
 import docstring_parser
 from jsonargparse import ArgumentParser
 
-from litgpt_memsinks.errors import MemSinksError
+from litgpt_memsinks.errors import MemSinksError, end
 from litgpt_memsinks.version import __version__
 
 USER_FIXABLE = {
@@ -138,15 +138,16 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         COMMANDS[settings.subcommand].function(**values)
     except MemSinksError as error:
-        sys.exit(f"Error: {error}")
+        end(error)
     except BrokenPipeError:  # the reader of our output has seen enough, as in `lookup ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
         if error.errno not in USER_FIXABLE:
             raise
-        sys.exit(f"Error: {error}. What was finished is kept; run the same command again when it is mended.")
+        end(f"{error}. What was finished is kept; run the same command again when it is mended.")
     except KeyboardInterrupt:
+        sys.stdout.flush()
         print("Interrupted.", file=sys.stderr)
         sys.exit(130)
 

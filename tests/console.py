@@ -48,6 +48,7 @@ BOTH = (
 def zygote(modules, autoload):
     """The process of this session that has these imports and forks for each command."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "TORCHDYNAMO_DISABLE": "1"}
+    environment["PYTHONUNBUFFERED"] = ""  # see `settings`
     if autoload is not None:
         environment |= {"TORCH_DEVICE_BACKEND_AUTOLOAD": autoload}
     started = Zygote(modules, environment)
@@ -81,8 +82,11 @@ def started(command, imported=BOTH, stderr=subprocess.STDOUT, **environment):
 
 
 def settings(compiled, environment):
-    """The environment of a command. The console scripts must find the checkout even if it is not installed."""
-    values = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), **environment}
+    """The environment of a command. The console scripts must find the checkout even if it is not installed.
+
+    Their output is buffered, as it is for most people, whatever the environment of the tests says.
+    """
+    values = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": "", **environment}
     if not compiled:
         values["TORCHDYNAMO_DISABLE"] = "1"
     return {**os.environ, **values}

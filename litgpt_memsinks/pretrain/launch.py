@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader
 
 from litgpt_memsinks.config import LaunchArgs
 from litgpt_memsinks.data.data import MemSinksData
-from litgpt_memsinks.errors import MemSinksError
+from litgpt_memsinks.errors import MemSinksError, end
 from litgpt_memsinks.model.model import GPT, MARKER, REMOVED, check_removed
 from litgpt_memsinks.pretrain.run import Run
 
@@ -54,7 +54,7 @@ class Lightning:
             try:
                 check_devices(data.launch, devices, num_nodes)
             except MemSinksError as error:  # in front of LitGPT's `main`, so nobody else turns it into one line
-                sys.exit(f"Error: {error}" if _get_rank() in (None, 0) else 1)
+                end(error) if _get_rank() in (None, 0) else sys.exit(1)
             chosen = strategy(data.launch, devices, num_nodes, kwargs["precision"])
             kwargs["strategy"] = chosen or kwargs["strategy"]
         return lightning.Fabric(*args, **kwargs)
@@ -221,6 +221,7 @@ def together(fabric: lightning.Fabric) -> Iterator[None]:
     if failed:
         if fabric.global_rank == 0:
             where = f"Process {failed[0]}: " if failed[0] else ""
+            sys.stdout.flush()  # as in `end`
             print(f"Error: {where}{errors[failed[0]]}", file=sys.stderr, flush=True)
         gather(fabric, None)  # wait: launchers kill the others as soon as one has ended
         sys.exit(1)

@@ -7,7 +7,6 @@ own ``main`` with some of the names it uses swapped while it runs; any other run
 """
 
 import shutil
-import sys
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import fields, replace
 from functools import partial, wraps
@@ -31,7 +30,7 @@ from litgpt.utils import chunked_cross_entropy
 from litgpt_memsinks.config import SINK_DEFAULTS, MemSinksConfig
 from litgpt_memsinks.data.data import MemSinksData
 from litgpt_memsinks.data.goldfish import describe as describe_goldfish
-from litgpt_memsinks.errors import MemSinksError
+from litgpt_memsinks.errors import MemSinksError, end
 from litgpt_memsinks.model.model import GPT, removed_mask
 from litgpt_memsinks.pretrain.launch import LIGHTNING, check_batches, check_launched, initialize_weights, together
 from litgpt_memsinks.pretrain.preemption import StoppableIterator, listening
@@ -86,7 +85,7 @@ def main(*args: Any, config: Config, data: DataModule, **kwargs: Any) -> None:
         else:
             base_main(*args, config=config, data=data, **kwargs)
     except MemSinksError as error:
-        sys.exit(f"Error: {error}")  # one line and status 1, where LitGPT's command line would show a traceback
+        end(error)  # where LitGPT's command line would show a traceback
 
 
 def _main_with_sinks(
