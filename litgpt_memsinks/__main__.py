@@ -13,7 +13,7 @@ from typing import NamedTuple
 import docstring_parser
 from jsonargparse import ArgumentParser
 
-from litgpt_memsinks.errors import MemSinksError, end
+from litgpt_memsinks.errors import MemSinksError, end, flush_output
 from litgpt_memsinks.version import __version__
 
 USER_FIXABLE = {
@@ -147,7 +147,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         end(f"{error}. What was finished is kept; run the same command again when it is mended.")
     except KeyboardInterrupt:
-        sys.stdout.flush()
+        flush_output()
         print("Interrupted.", file=sys.stderr)
         sys.exit(130)
 

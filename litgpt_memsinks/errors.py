@@ -13,11 +13,13 @@ class MemSinksError(ValueError):
     """
 
 
-def end(error: object) -> NoReturn:
-    """End the process with one line on stderr and status 1.
-
-    What was printed before may still wait in a buffer, and would come behind the error where both go to one log.
-    """
-    with suppress(OSError):  # nobody reads it, or its disk is full: the error is what counts
+def flush_output() -> None:
+    """Print what still waits in a buffer, which would come behind an error where both streams go to one log."""
+    with suppress(OSError):  # nobody reads it any more, or its disk is full: the error is what counts
         sys.stdout.flush()
+
+
+def end(error: object) -> NoReturn:
+    """End the process with one line on stderr, behind all that was printed before, and status 1."""
+    flush_output()
     sys.exit(f"Error: {error}")

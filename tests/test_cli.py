@@ -3,12 +3,16 @@
 import json
 import subprocess
 import sys
+from functools import wraps
+from unittest.mock import Mock
 
 import pytest
 
 from litgpt_memsinks import __version__
 from litgpt_memsinks.__main__ import COMMANDS, main
+from litgpt_memsinks.errors import MemSinksError
 from litgpt_memsinks.prepare.manifest import Manifest
+from litgpt_memsinks.prepared import verify
 from tests.console import BOTH, LIBRARIES, SCRIPTS, memsinks, run
 
 
@@ -148,3 +152,24 @@ def test_shards_are_merged_by_a_pattern(tmp_path, corpus_dir, tokenizer_dir):
     assert merged.splits == whole.splits
     with pytest.raises(SystemExit, match="There are no shards"):
         main(["merge", "--shards", str(tmp_path / "y.shard-*"), "--out_dir", str(tmp_path / "y")])
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [(KeyboardInterrupt, 130, "Interrupted.\n"), (MemSinksError("no such file"), "Error: no such file", "")],
+)
+def test_reader_that_is_gone_hides_no_error(error, status, line, monkeypatch, capsys):
+    """Ctrl-C ends `tee`, too, in `... | tee log`: what was printed can no longer be written."""
+
+    with monkeypatch.context() as patch:
+
+        @wraps(verify.verify)
+        def fails(**_):
+            patch.setattr(sys.stdout, "flush", Mock(side_effect=BrokenPipeError))
+            raise error
+
+        patch.setattr(verify, "verify", fails)
+        with pytest.raises(SystemExit) as ended:
+            main(["verify", "data"])
+    assert ended.value.code == status
+    assert capsys.readouterr().err == line

@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader
 
 from litgpt_memsinks.config import LaunchArgs
 from litgpt_memsinks.data.data import MemSinksData
-from litgpt_memsinks.errors import MemSinksError, end
+from litgpt_memsinks.errors import MemSinksError, end, flush_output
 from litgpt_memsinks.model.model import GPT, MARKER, REMOVED, check_removed
 from litgpt_memsinks.pretrain.run import Run
 
@@ -221,7 +221,7 @@ def together(fabric: lightning.Fabric) -> Iterator[None]:
     if failed:
         if fabric.global_rank == 0:
             where = f"Process {failed[0]}: " if failed[0] else ""
-            sys.stdout.flush()  # as in `end`
+            flush_output()
             print(f"Error: {where}{errors[failed[0]]}", file=sys.stderr, flush=True)
         gather(fabric, None)  # wait: launchers kill the others as soon as one has ended
         sys.exit(1)
