@@ -19,9 +19,11 @@ from litgpt_memsinks.experiments.declared import EXPERIMENTS, LEFT_OUT_ARM, MEMS
 from litgpt_memsinks.experiments.found import groups
 from litgpt_memsinks.experiments.grids import DECLARED, GRIDS
 from litgpt_memsinks.experiments.measures import MEASURES, Found, Reading, value
+from litgpt_memsinks.experiments.readings import filled, read_readings
 from litgpt_memsinks.experiments.results import selected
 from litgpt_memsinks.experiments.scales import EMBEDDED, GPU, OWN, Texts, _recipe, backwards, stream_settings, tokens_of
 from litgpt_memsinks.experiments.verdict import check_row, outcome, verdict
+from litgpt_memsinks.files import write_json
 from litgpt_memsinks.theory.theory import PARTS as THEOREMS
 from tests.console import REPOSITORY
 
@@ -351,7 +353,8 @@ def result():
     return {
         "format": 1, "name": "fig4", "where": "Figure 4", "statement": "It says so.", "comment": "Of then.",
         "date": "2026-11-21T10:00:00+00:00", "command": "litgpt-memsinks experiment fig4", "hardware": "a processor",
-        "versions": {"torch": "2.15.0"}, "scale": "cpu-embedded", "corpus": "train.jsonl", "corpus_sha256": None,
+        "versions": {"torch": "2.15.0"}, "scale": "cpu-embedded", "place": "cpu-embedded",
+        "corpus": "train.jsonl", "corpus_sha256": None,
         "seeds": 2, "sizes": {"once": 4500, "repeated": 32, "repeats": 96, "block_size": 128},
         "training_minutes": 12.4, "failed": ["left_out seed 1: no luck"], "notes": [],
         "labels": {"validation": "validation loss", "gap_closed": "gap closed"}, "percent": ["gap_closed"],
@@ -394,8 +397,8 @@ def test_page_names_the_selected_setting():
 
 
 def test_other_files_are_neither_read_nor_replaced(tmp_path):
-    path = tmp_path / "x/experiment.json"
-    path.parent.mkdir()
+    path = tmp_path / "x/fig4/experiment.json"
+    path.parent.mkdir(parents=True)
     for content in ("{", "[]", '{"format": 9, "name": "fig4"}', '{"format": 1, "name": "fig99"}'):
         path.write_text(content)
         with pytest.raises(MemSinksError, match="Run the experiment again"):
@@ -407,3 +410,76 @@ def test_other_files_are_neither_read_nor_replaced(tmp_path):
     report.write_page(tmp_path, tmp_path / "page.md")
     report.write_page(tmp_path, tmp_path / "page.md")
     assert replace(EXPERIMENTS["fig4"]).where in (tmp_path / "page.md").read_text()
+
+
+def test_one_experiment_of_two_corpora_is_two_sections(tmp_path):
+    for place in ("cpu-mine", "cpu-yours"):
+        write_json(tmp_path / place / "fig4/experiment.json", result())
+        (tmp_path / place / "fig4/fig4.svg").write_text(place)
+    report.write_page(tmp_path, tmp_path / "page.md")
+    text = (tmp_path / "page.md").read_text()
+    assert all(text.count(f"\n## fig4, {place}\n") == 1 for place in ("cpu-mine", "cpu-yours"))
+    assert (tmp_path / "figures/experiments/fig4-cpu-mine.svg").read_text() == "cpu-mine"
+    write_json(tmp_path / "copy/cpu-mine/fig4/experiment.json", result())
+    with pytest.raises(MemSinksError, match=r"are both fig4, cpu-mine\. Give --results a folder with one of them"):
+        report.write_page(tmp_path, tmp_path / "page.md")
+
+
+def reading(
+    path, text="{gap_closed memsinks} of the gap, at {validation standard}.", title="fig4, cpu-embedded", **row
+):
+    row = {"date": "2026-11-21", "tried": "this", "came_out": "that"} | row
+    lines = [f"  {key}: {value}" for key, value in row.items()]
+    path.write_text("\n".join(["readings:", f"  {title}: {text!r}", "did_not_work:", "-", *lines]))
+    return path
+
+
+def test_readings_have_the_results_numbers(tmp_path):
+    results = [result()]
+    page = report.page(results, said=filled(read_readings(reading(tmp_path / "said.yaml")), results))
+    assert "**What we think of it**: 70.0% of the gap, at 2.100 ± 0.141." in page
+    assert "## What did not work\n\n| date | tried | came out |\n|---|---|---|\n| 2026-11-21 | this | that |" in page
+    assert "What we think" not in report.page(results)
+    assert "did not work" not in report.page(results)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (
+            {"text": "{gap_closed standart}"},
+            "has {gap_closed standart}, but the result has no such number. Its measures",
+        ),
+        ({"text": "{gap memsinks}"}, "Its measures are validation, gap_closed"),
+        ({"title": "fig5a, cpu-embedded"}, "reading of 'fig5a, cpu-embedded', but no such result, only of fig4"),
+        ({"date": "yesterday"}, "did_not_work, this: texts must be texts, and dates YYYY-MM-DD"),
+        ({"tried": "[1]"}, "texts must be texts"),
+        ({"then": "what"}, "holds no readings"),
+        ({"date": "[}"}, "holds no readings"),
+    ],
+)
+def test_readings_that_do_not_fit_leave_the_page_as_it_was(wrong, message, tmp_path):
+    write_json(tmp_path / "cpu-embedded/fig4/experiment.json", result())
+    report.write_page(tmp_path, tmp_path / "page.md")
+    before = (tmp_path / "page.md").read_text()
+    with pytest.raises(MemSinksError) as error:
+        report.write_page(tmp_path, tmp_path / "page.md", reading(tmp_path / "said.yaml", **wrong))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert (tmp_path / "page.md").read_text() == before
+
+
+def test_readings_must_be_there(tmp_path):
+    write_json(tmp_path / "cpu-embedded/fig4/experiment.json", result())
+    with pytest.raises(MemSinksError, match=r"said\.yaml' holds no readings"):
+        report.write_page(tmp_path, tmp_path / "page.md", tmp_path / "said.yaml")
+
+
+def test_committed_page_is_what_the_committed_results_make():
+    docs = REPOSITORY / "docs"
+    results = list(report.read_results(docs / "experiments").values())
+    page = report.page(results, docs, filled(read_readings(docs / "readings.yaml"), results))
+    assert (docs / "results.md").read_text(encoding="utf-8") == page
+    pictures = {path.name for path in (docs / "figures/experiments").iterdir()}
+    assert pictures == {f"{one['name']}-{one['place']}.svg" for one in results}
+    assert all(f"](figures/experiments/{name})" in page for name in pictures)

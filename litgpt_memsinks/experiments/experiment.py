@@ -5,6 +5,7 @@ Not a stage: it calls the stages' commands, and the stock `litgpt` console scrip
     OUT/WORKPLACE/data/STREAM              prepared streams, which experiments share
     OUT/WORKPLACE/runs/NAME-PRINT/seedN    training runs, which experiments share
     OUT/WORKPLACE/EXPERIMENT               experiment.json, results.json of `evaluate`, the figure
+    OUT/results.md                         the page of `report`
 """
 
 import difflib
@@ -26,7 +27,7 @@ from litgpt_memsinks.experiments.figures import draw_experiment
 from litgpt_memsinks.experiments.found import measure_seed, write_evaluations
 from litgpt_memsinks.experiments.grids import DECLARED, GRIDS
 from litgpt_memsinks.experiments.report import write_page
-from litgpt_memsinks.experiments.results import EXPERIMENT, content, shown, theorem_content
+from litgpt_memsinks.experiments.results import EXPERIMENT, content, spread, theorem_content
 from litgpt_memsinks.experiments.runs import Planned, Workplace, train
 from litgpt_memsinks.experiments.scales import ScaleName, make_texts, scale_of, tokens_of
 from litgpt_memsinks.files import write_json
@@ -46,7 +47,8 @@ def experiment(
     recipes: Path = Path("recipes"),
     jobs: int | None = None,
     results: Path | None = None,
-    out: Path = Path("docs/experiments.md"),
+    out: Path | None = None,
+    readings: Path | None = None,
 ) -> None:
     """Repeat a figure or check a theorem of the paper: fig4, thm_forgetting, ...; `list` shows all, with their cost.
 
@@ -62,13 +64,14 @@ def experiment(
         recipes: The repository's folder of recipes.
         jobs: Training runs at the same time, one thread each; one per core by default, one on a GPU.
         results: For `report`: where the results are, `out_dir` by default.
-        out: For `report`: the page to write.
+        out: For `report`: the page to write, results.md in `out_dir` by default.
+        readings: For `report`: YAML of what to say of the results, such as docs/readings.yaml of the repository.
 
     Raises:
         MemSinksError: For bad input, or if a training run failed; what the others came to is written all the same.
     """
     if name == "report":
-        write_page(results or out_dir, out)
+        write_page(results or out_dir, out or out_dir / "results.md", readings)
         return
     chosen = _chosen(name)
     for setting, value in (("seeds", seeds), ("jobs", jobs)):
@@ -251,7 +254,8 @@ def print_outcome(result: dict[str, Any]) -> None:
     for heading in ("what should hold", "here", "limit", ""):
         table.add_column(heading)
     for check in result["checks"]:
-        table.add_row(check["says"], *(shown(check[side]) for side in ("left", "right")), check["outcome"])
+        percent = check.get("measure") in result.get("percent", [])
+        table.add_row(check["says"], *(spread(check[side], percent) for side in ("left", "right")), check["outcome"])
     if choice := result.get("selected"):
         label = result["labels"][choice["by"]]
         print(f"{result['name']}: lowest {label} of {choice['arms']}: {choice['arm']}, {choice['value']:.3f}")

@@ -3,63 +3,81 @@
 import json
 import shutil
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from litgpt_memsinks.errors import MemSinksError
 from litgpt_memsinks.experiments.grids import DECLARED
-from litgpt_memsinks.experiments.results import EXPERIMENT, FORMAT
+from litgpt_memsinks.experiments.readings import Failure, Readings, filled, read_readings
+from litgpt_memsinks.experiments.results import EXPERIMENT, FORMAT, number, spread, title
 from litgpt_memsinks.experiments.verdict import MEANING
 from litgpt_memsinks.files import write_text
 
 FIGURES = Path("figures") / "experiments"
 HEAD = """# The paper's figures and theorems, one by one
 
-Made by `litgpt-memsinks experiment report` from result files; do not edit it. How runs differ from the paper's is in
-each comment. Losses in nats per token, sinks dropped unless said; mean ± standard deviation over seeds.
+Made by `litgpt-memsinks experiment report` from result files; do not edit it. How runs differ from the paper's is below
+each table. Losses in nats per token, sinks dropped unless said; mean ± standard deviation over seeds.
 
 ```
 litgpt-memsinks experiment list                          # what each takes
 litgpt-memsinks experiment all --seeds 3                 # on the embedded stories; --corpus FILE for others
 litgpt-memsinks experiment all --seeds 3 --scale gpu     # the paper's sizes
 litgpt-memsinks experiment table3 --seeds 1              # a grid of settings, which `all` leaves out
-litgpt-memsinks experiment report                        # this page
+litgpt-memsinks experiment report                        # a page like this one
 ```
 """
 NOT_RUN = "Not run: {names}."
 
 
-def write_page(results: Path, out: Path) -> None:
+def write_page(results: Path, out: Path, readings: Path | None = None) -> None:
     """Write the page, and the figures beside it.
 
     Args:
         results: Folder with result files of experiments, at any depth.
         out: Markdown file to write; what was there before is replaced, if it is such a page.
+        readings: YAML file of what to say of them; without it the page has the numbers alone.
 
     Raises:
-        MemSinksError: If there are no results, one cannot be read, or `out` is another page.
+        MemSinksError: If there are no results, one cannot be read, `out` is another page, or the readings do not fit.
+    """
+    found = read_results(results)
+    if out.is_file() and not out.read_text(encoding="utf-8").startswith(HEAD.partition("\n")[0]):
+        raise MemSinksError(f"{str(out)!r} is another page and is not overwritten. Name another output.")
+    said = None if readings is None else filled(read_readings(readings), list(found.values()))
+    for folder, result in found.items():
+        source = folder / f"{result['name']}.svg"
+        if source.is_file():
+            target = out.parent / FIGURES / _figure(result)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+    write_text(out, page(list(found.values()), out.parent, said))
+    print(f"Page: {out} ({len(found)} results)")
+
+
+def read_results(results: Path) -> dict[Path, dict[str, Any]]:
+    """Folders of experiments to what is in their result files, in the order of the page.
+
+    Raises:
+        MemSinksError: If there are no results, one cannot be read, or two are of the same experiment and workplace.
     """
     found = [(path.parent, read_result(path)) for path in sorted(results.rglob(EXPERIMENT))]
     if not found:
         raise MemSinksError(
             f"{str(results)!r} holds no {EXPERIMENT}. Run one first, such as: litgpt-memsinks experiment fig4"
         )
-    if out.is_file() and not out.read_text(encoding="utf-8").startswith(HEAD.partition("\n")[0]):
-        raise MemSinksError(f"{str(out)!r} is another page and is not overwritten. Name another output.")
     order = list(DECLARED)
-    found.sort(key=lambda one: (order.index(one[1]["name"]), one[1]["scale"]))
-    for folder, result in found:
-        source = folder / f"{result['name']}.svg"
-        if source.is_file():
-            target = out.parent / FIGURES / _figure(result)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, target)
-    write_text(out, page([result for _, result in found], out.parent))
-    print(f"Page: {out} ({len(found)} results)")
+    found.sort(key=lambda one: (order.index(one[1]["name"]), one[1]["place"]))
+    for (first, result), (second, other) in pairwise(found):
+        if title(result) == title(other):
+            both = f"{str(first)!r} and {str(second)!r} are both {title(result)}"
+            raise MemSinksError(f"{both}. Give --results a folder with one of them.")
+    return dict(found)
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """A result file.
+    """A result file, with the name of the workplace that its folder is in as its ``place``.
 
     Raises:
         MemSinksError: If it is not one of this version, or of an experiment that is not declared.
@@ -76,22 +94,26 @@ def read_result(path: Path) -> dict[str, Any]:
             f"{str(path)!r} has format {content['format']} and is of {content['name']!r}; this package reads format "
             f"{FORMAT} of its own experiments. Run the experiment again."
         )
-    return content
+    return content | {"place": path.parent.parent.name}
 
 
-def page(results: Sequence[dict[str, Any]], folder: Path | None = None) -> str:
+def page(results: Sequence[dict[str, Any]], folder: Path | None = None, said: Readings | None = None) -> str:
     """The page.
 
     Args:
         results: Of the experiments, in order.
         folder: Of the page; pictures are shown if they are there.
+        said: What people say of them, with the numbers filled in.
     """
+    thoughts = {} if said is None else said.of
     missing = [name for name in DECLARED if name not in {result["name"] for result in results}]
     lines = [HEAD, *_verdicts(), *_overview(results)]
     if missing:
         lines += ["", NOT_RUN.format(names=", ".join(missing))]
     for result in results:
-        lines += ["", *_section(result, folder)]
+        lines += ["", *_section(result, folder, thoughts.get(title(result)))]
+    if said is not None and said.did_not_work:
+        lines += ["", *_did_not_work(said.did_not_work)]
     return "\n".join(lines) + "\n"
 
 
@@ -110,40 +132,42 @@ def _overview(results: Sequence[dict[str, Any]]) -> list[str]:
         (
             f"[{result['name']}](#{_anchor(result)})",
             result["where"],
-            result["scale"],
+            result["place"],
             str(result["seeds"]),
             f"{_held(result)} of {len(result['checks'])}" if result["checks"] else "–",
             result["verdict"],
         )
         for result in results
     ]
-    return _table(("experiment", "in the paper", "scale", "seeds", "relations that hold", "verdict"), rows)
+    return _table(("experiment", "in the paper", "scale and corpus", "seeds", "relations that hold", "verdict"), rows)
 
 
 def _held(result: dict[str, Any]) -> int:
     return sum(check["outcome"] == "holds" for check in result["checks"])
 
 
-def _title(result: dict[str, Any]) -> str:
-    return f"{result['name']}, {result['scale']}"
-
-
 def _anchor(result: dict[str, Any]) -> str:
     """As GitHub makes it of the title."""
-    return "".join(c for c in _title(result).lower().replace(" ", "-") if c.isalnum() or c in "-_")
+    return "".join(c for c in title(result).lower().replace(" ", "-") if c.isalnum() or c in "-_")
 
 
 def _figure(result: dict[str, Any]) -> str:
-    return f"{result['name']}-{result['scale']}.svg"
+    return f"{result['name']}-{result['place']}.svg"
 
 
-def _section(result: dict[str, Any], folder: Path | None) -> list[str]:
-    lines = [f"## {_title(result)}", "", f"**{result['where']}: {result['verdict']}.** {result['statement']}", ""]
+def _did_not_work(failures: Sequence[Failure]) -> list[str]:
+    rows = [(row.date.isoformat(), row.tried, row.came_out) for row in failures]
+    return ["## What did not work", "", *_table(("date", "tried", "came out"), rows)]
+
+
+def _section(result: dict[str, Any], folder: Path | None, thoughts: str | None) -> list[str]:
+    lines = [f"## {title(result)}", "", f"**{result['where']}: {result['verdict']}.** {result['statement']}", ""]
     lines += _selected(result) if result.get("selected") else _checks(result)
     lines += ["", *_values(result)] if "values" in result else []
     if folder is not None and (folder / FIGURES / _figure(result)).is_file():
         lines += ["", f"![{result['where']}]({(FIGURES / _figure(result)).as_posix()})"]
     lines += ["", DECLARED[result["name"]].comment, ""]  # written after the numbers are known
+    lines += [f"**What we think of it**: {thoughts}", ""] if thoughts is not None else []
     lines += [f"- Failed: {line}" for line in result["failed"]]
     lines += [f"- Note: {line}" for line in result["notes"]]
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
@@ -171,7 +195,7 @@ def _checks(result: dict[str, Any]) -> list[str]:
         share = check.get("measure") in percent
         margin = check.get("margin", {})
         interval = (
-            f"{_number(margin['low'], share)} to {_number(margin['high'], share)}"
+            f"{number(margin['low'], share)} to {number(margin['high'], share)}"
             if margin.get("low") is not None
             else "–"
         )
@@ -179,8 +203,8 @@ def _checks(result: dict[str, Any]) -> list[str]:
             (
                 check["says"],
                 check["paper"] or "–",
-                _spread(check["left"], share),
-                f"{check['relation']} {_spread(check['right'], share)}",
+                spread(check["left"], share),
+                f"{check['relation']} {spread(check['right'], share)}",
                 interval,
                 check["outcome"],
             )
@@ -190,9 +214,9 @@ def _checks(result: dict[str, Any]) -> list[str]:
 
 def _selected(result: dict[str, Any]) -> list[str]:
     choice = result["selected"]
-    label, number = result["labels"][choice["by"]], _number(choice["value"], False)
+    label, least = result["labels"][choice["by"]], number(choice["value"], False)
     which = "settings" if choice["arms"] == choice["of"] else f"of {choice['of']} settings, the others have none"
-    return [f"Lowest {label} of {choice['arms']} {which}: **{choice['arm']}**, {number}."]
+    return [f"Lowest {label} of {choice['arms']} {which}: **{choice['arm']}**, {least}."]
 
 
 def _values(result: dict[str, Any]) -> list[str]:
@@ -200,26 +224,10 @@ def _values(result: dict[str, Any]) -> list[str]:
     names = list(dict.fromkeys(name for measure in measures for name in result["values"][measure]))
     shown = [m for m in measures if any(result["values"][m][name]["mean"] is not None for name in names)]
     rows = [
-        (name, *(_spread(result["values"][m][name]["per_seed"], m in result["percent"]) for m in shown))
+        (name, *(spread(result["values"][m][name]["per_seed"], m in result["percent"]) for m in shown))
         for name in names
     ]
     return _table(("arm", *(result["labels"][m] for m in shown)), rows)
-
-
-def _spread(values: Sequence[float | None], percent: bool) -> str:
-    """Mean ± sample standard deviation of the seeds that have a number."""
-    there = [value for value in values if value is not None]
-    if not there:
-        return "–"
-    mean = sum(there) / len(there)
-    if len(set(there)) == 1:
-        return _number(mean, percent)
-    deviation = (sum((value - mean) ** 2 for value in there) / (len(there) - 1)) ** 0.5
-    return f"{_number(mean, percent)} ± {_number(deviation, percent)}"
-
-
-def _number(value: float, percent: bool) -> str:
-    return f"{value:.1%}" if percent else f"{value:.3f}" if abs(value) < 1e4 else f"{value:.3g}"
 
 
 def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -196,10 +196,20 @@ def summary(values: Sequence[float], boot: Bootstrap) -> dict[str, Any]:
     }
 
 
-def shown(values: Sequence[float | None]) -> str:
-    """Numbers of all seeds as mean ± standard deviation."""
-    there = [number for number in values if number is not None and not math.isnan(number)]
+def title(result: dict[str, Any]) -> str:
+    """What tells results on a page apart."""
+    return f"{result['name']}, {result['place']}"
+
+
+def spread(values: Sequence[float | None], percent: bool) -> str:
+    """Numbers of all seeds as mean ± sample standard deviation, of the seeds that have one."""
+    there = [value for value in values if value is not None and not math.isnan(value)]
     if not there:
         return "–"
-    spread = f" ± {deviation(there):.3f}" if len(there) > 1 else ""
-    return f"{sum(there) / len(there):.3f}{spread}"
+    mean = number(sum(there) / len(there), percent)
+    return mean if len(set(there)) == 1 else f"{mean} ± {number(deviation(there), percent)}"
+
+
+def number(value: float, percent: bool) -> str:
+    """A number in three decimals, or as a percentage in one."""
+    return f"{value:.1%}" if percent else f"{value:.3f}" if abs(value) < 1e4 else f"{value:.3g}"
