@@ -16,10 +16,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
 from litgpt_memsinks.errors import MemSinksError
+from litgpt_memsinks.progress import progress
 
 CERTIFICATE = "certificate.json"
 PAGE = "certificate.md"
@@ -60,11 +58,8 @@ def folder_sha256(folder: Path, description: str = "Digesting") -> dict[str, str
     names = sorted((name for name in paths if not name.startswith("certificate.")), key=os.fsencode)
     if strange := [name for name in names if set(name) & set("\n\r\\")]:
         raise MemSinksError(f"The name {strange[0]!r} in {str(folder)!r} cannot be listed. Rename or remove the file.")
-    columns = (TextColumn(description), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=sum(paths[name].stat().st_size for name in names))
-        return {name: file_sha256(paths[name], lambda size: progress.advance(task, size)) for name in names}
+    with progress(description, sum(paths[name].stat().st_size for name in names)) as advance:
+        return {name: file_sha256(paths[name], advance) for name in names}
 
 
 def tree_sha256(files: Mapping[str, str]) -> str:

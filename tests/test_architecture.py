@@ -15,7 +15,7 @@ STAGES = [
 WHOLE = ["theory", "experiments", "bench"]
 """Packages that may use all stages, and that no stage uses."""
 SHARED = {"__init__", "__main__", "plugin", "version", "errors", "files", "digests", "remote", "plain_http", "metrics"}
-SHARED |= {"config"}
+SHARED |= {"config", "progress"}
 """Modules that stages meet through. ``config`` names the masks' version and the model's classes, as LitGPT's does."""
 
 

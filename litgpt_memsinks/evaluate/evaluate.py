@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from litgpt_memsinks.data.scored import read_scored
@@ -39,6 +38,7 @@ from litgpt_memsinks.evaluate.subject import Asked, Subject, ask_files, ask_prep
 from litgpt_memsinks.evaluate.verdict import Thresholds, verdict
 from litgpt_memsinks.files import refuse_to_overwrite
 from litgpt_memsinks.model.losses import Loss, placebo_ids, score
+from litgpt_memsinks.progress import progress
 
 __all__ = [
     "Loss",
@@ -262,9 +262,11 @@ def measure_arms(
         for subject in subjects
     }
     arms: Seed = {}
-    with _progress(sum(costs.values())) as advance:
+    with progress("Measuring", sum(costs.values())) as advance:
         for subject in subjects:
-            arms[subject.arm] = measure(subject, asked, plan, device, kept, allow_wrong_map, advance)
+            arms[subject.arm] = measure(
+                subject, asked, plan, device, kept, allow_wrong_map, lambda unit, done: advance(done, unit)
+            )
     _check_same_targets(arms)
     return arms
 
@@ -290,18 +292,6 @@ def _warn(measured: Measured) -> None:
         print(f"Warning: {wrong_map(measured.subject, measured.gate)}", file=sys.stderr)
     for part, why in measured.skipped.items():
         print(f"{measured.subject.arm}: no {part}. {why}", file=sys.stderr)
-
-
-@contextmanager
-def _progress(total: float) -> Any:
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("Measuring", total=total)
-
-        def advance(description: str, done: float) -> None:
-            progress.update(task, advance=done, description=description or None)
-
-        yield advance
 
 
 def results_content(

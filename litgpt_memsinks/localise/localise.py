@@ -7,15 +7,12 @@ Post-hoc localisation, the paper's baseline (Sec. 3, App. C; Chang et al. 2024):
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from litgpt.model import GPT as BaseGPT
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from litgpt_memsinks.errors import MemSinksError
 from litgpt_memsinks.evaluate.battery import Kept
@@ -26,6 +23,7 @@ from litgpt_memsinks.localise.frontier import Localised, Point, measure, total_w
 from litgpt_memsinks.localise.hard_concrete import HardConcreteArgs
 from litgpt_memsinks.localise.neurons import dropped_number, load_plain, shape_of
 from litgpt_memsinks.localise.scores import LocaliseArgs, Method, Mode, check_ratio
+from litgpt_memsinks.progress import progress
 
 __all__ = ["HardConcreteArgs", "LocaliseArgs", "Method", "Mode", "Point", "frontier", "localise"]
 
@@ -208,12 +206,3 @@ def check_limit(limit: int | None) -> int | None:
     if limit is not None and limit < 1:
         raise MemSinksError(f"limit is {limit}, but it must be at least 1.")
     return limit
-
-
-@contextmanager
-def progress(doing: str, total: float) -> Iterator[Callable[[float], None]]:
-    """A bar with the time left; yields what is called with the work that is done."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, speed_estimate_period=300) as bar:
-        task = bar.add_task(doing, total=total)
-        yield lambda done: bar.advance(task, done)

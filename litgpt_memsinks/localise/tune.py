@@ -16,9 +16,10 @@ from litgpt_memsinks.files import refuse_to_overwrite, write_json
 from litgpt_memsinks.localise.file import provenance
 from litgpt_memsinks.localise.frontier import first, sweep
 from litgpt_memsinks.localise.hard_concrete import HardConcreteArgs, hard_concrete
-from litgpt_memsinks.localise.localise import asked_of, loaded, progress
+from litgpt_memsinks.localise.localise import asked_of, loaded
 from litgpt_memsinks.localise.neurons import shape_of, suffixes
 from litgpt_memsinks.localise.scores import LocaliseArgs, check_ratio, work
+from litgpt_memsinks.progress import progress
 
 
 def tune_localise(

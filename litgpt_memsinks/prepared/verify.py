@@ -5,7 +5,6 @@ finds every document by its tokens, so it finds wrong IDs, lost documents and wr
 its own checksums, too.
 """
 
-import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,7 +15,6 @@ import numpy.typing as npt
 import pyarrow as pa
 import xxhash
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from litgpt_memsinks.errors import MemSinksError
@@ -31,6 +29,7 @@ from litgpt_memsinks.prepared.document_table import (
     with_digests,
 )
 from litgpt_memsinks.prepared.document_walk import Expected, Marks, Walk
+from litgpt_memsinks.progress import progress
 
 _NAMED = 3  # examples of a kind of failure
 _BYTES_PER_PAIR = 8
@@ -104,7 +103,7 @@ def verify(data_path: Path, block_size: int = 2048) -> Verification:
         raise MemSinksError(f"block_size is {block_size}, but it must be at least 1.")
     manifest = Manifest.read(data_path)
     table = DocumentTable(data_path)
-    with _progress(manifest) as on_bytes:
+    with progress("Verifying", _BYTES_PER_PAIR * sum(split.tokens for split in manifest.splits.values())) as on_bytes:
         check = _FolderCheck(data_path, manifest, table, on_bytes)
         splits = {name: check.split(name, block_size) for name in manifest.splits}
         failures = [*check.whole(), *(f"{text} in {name}" for name in splits for text in splits[name].failures)]
@@ -139,22 +138,6 @@ def print_splits(splits: dict[str, SplitCheck], manifest: Manifest) -> None:
     Console(width=None if sys.stdout.isatty() else _WIDTH).print(table)
     if manifest.recipe["id_noise"]:
         print(f"The recipe's ID noise is {manifest.recipe['id_noise']:.1%} of the repeated documents' occurrences.")
-
-
-@contextlib.contextmanager
-def _progress(manifest: Manifest) -> Iterator[Callable[[int], None]]:
-    """A bar over the bytes of the streams, on a terminal only; yields what is called with the bytes that were read."""
-    columns = (
-        TextColumn("Verifying"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeRemainingColumn(),
-        TextColumn("left"),
-    )
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=_BYTES_PER_PAIR * sum(split.tokens for split in manifest.splits.values()))
-        yield lambda size: progress.advance(task, size)
 
 
 class _FolderCheck:
