@@ -12,9 +12,8 @@ from litgpt.config import name_to_config
 
 from litgpt_memsinks.__main__ import main
 from litgpt_memsinks.errors import MemSinksError
-from litgpt_memsinks.evaluate.bootstrap import Bootstrap
 from litgpt_memsinks.experiments import experiment as command
-from litgpt_memsinks.experiments import measures, report
+from litgpt_memsinks.experiments import measures, report, scales
 from litgpt_memsinks.experiments.declared import EXPERIMENTS, LEFT_OUT_ARM, MEMSINKS, STANDARD, Check
 from litgpt_memsinks.experiments.found import groups
 from litgpt_memsinks.experiments.grids import DECLARED, GRIDS
@@ -22,7 +21,7 @@ from litgpt_memsinks.experiments.measures import MEASURES, Found, Reading, value
 from litgpt_memsinks.experiments.readings import filled, read_readings
 from litgpt_memsinks.experiments.results import selected
 from litgpt_memsinks.experiments.scales import EMBEDDED, GPU, OWN, Texts, _recipe, backwards, stream_settings, tokens_of
-from litgpt_memsinks.experiments.verdict import check_row, outcome, verdict
+from litgpt_memsinks.experiments.verdict import check_row, interval_over_seeds, outcome, verdict
 from litgpt_memsinks.files import write_json
 from litgpt_memsinks.theory.theory import PARTS as THEOREMS
 from tests.console import REPOSITORY
@@ -102,10 +101,19 @@ def test_declaration_is_whole(name):
     assert ("sweep" in one.pictures) == bool(one.sweep) == any(arm.x is not None for arm in one.arms)
 
 
-def test_streams_follow_the_paper():
+def numbered(folder, lines):
+    """Texts whose training part is a file of so many."""
+    path = folder / f"train-{lines}.jsonl"
+    path.write_text("".join(f'{{"text": "{number}"}}\n' for number in range(lines)))
+    return replace(TEXTS, train=str(path))
+
+
+def test_streams_follow_the_paper(tmp_path):
     streams = {arm.stream.name: arm.stream for one in EXPERIMENTS.values() for arm in one.arms}
-    made = {name: stream_settings(one, EMBEDDED, TEXTS, REPOSITORY / "recipes") for name, one in streams.items()}
-    assert made["stream"]["sources"]["repeated"] == {"path": "train", "documents": 32, "repeats": 96, "ids": "hash"}
+    texts = numbered(tmp_path, 9000)
+    made = {name: stream_settings(one, EMBEDDED, texts, REPOSITORY / "recipes") for name, one in streams.items()}
+    repeated = {"path": texts.train, "documents": 32, "repeats": 96, "ids": "hash"}
+    assert made["stream"]["sources"]["repeated"] == repeated
     assert made["left_out"] == made["stream"] | {"leave_out_repeated": True}
     noises = {name: one["id_noise"] for name, one in made.items() if "id_noise" in one}
     assert sorted(noises.values()) == [0.05, 0.1, 0.25, 0.5, 1.0]
@@ -113,6 +121,9 @@ def test_streams_follow_the_paper():
     steps = 9000 * 101 / (8 * 128)  # of all documents once
     assert made["single"]["sources"]["repeated"]["documents"] == 1
     assert made["single"]["sources"]["repeated"]["repeats"] == int(steps / 40)
+    for lines, repeats in ((7315, 7315 * 271 // (8 * 256) // 40), (600, 2)):  # a corpus may have fewer than are asked
+        fewer = stream_settings(streams["single"], OWN, numbered(tmp_path, lines), REPOSITORY / "recipes")
+        assert fewer["sources"]["repeated"]["repeats"] == repeats
     rare = {name: made[name]["sources"]["rare"]["repeats"] for name in ("rare_once", "rare_base", "rare_twice")}
     assert rare == {"rare_once": 1, "rare_base": 24, "rare_twice": 48}
     assert len({made[name]["sources"]["bulk"]["fill_to"] for name in rare}) == 1
@@ -120,6 +131,16 @@ def test_streams_follow_the_paper():
     assert paper["sources"]["repeated"]["documents"] == 100
     assert paper["sources"]["repeated"]["repeats"] == 128
     assert paper["sources"]["once"]["documents"] == 20_000
+
+
+@pytest.mark.parametrize(("scale", "stories"), [(EMBEDDED, 9000), (OWN, 16292)])
+def test_bulk_fills_the_streams_of_figure_6(scale, stories):
+    (budget,) = {
+        stream_settings(arm.stream, scale, TEXTS, REPOSITORY / "recipes")["sources"]["bulk"]["fill_to"]
+        for arm in EXPERIMENTS["fig6a"].arms
+    }
+    assert scales._bulk(scale) == stories
+    assert stories * 101 > 0.999 * budget  # tokens of a story under the stories' own tokenizer, which makes fewest
 
 
 def test_paper_scale_is_gpt2_medium():
@@ -236,9 +257,10 @@ def test_localisation_is_counted_from_standard_to_unseen():
 @pytest.mark.parametrize(
     ("margins", "expected"),
     [
-        ([0.1, 0.2, 0.3], "holds"),
+        ([0.1, 0.11, 0.12], "holds"),
+        ([0.1, 0.2, 0.3], "undecided"),  # three seeds of one sign can be chance: 0.2 ± 0.248
         ([0.3, -0.1, 0.2], "undecided"),
-        ([-0.1, -0.2, -0.3], "does not hold"),
+        ([-0.1, -0.11, -0.12], "does not hold"),
         ([0.2], "holds"),
         ([-0.2], "does not hold"),
         ([0.0], "does not hold"),
@@ -247,7 +269,21 @@ def test_localisation_is_counted_from_standard_to_unseen():
     ],
 )
 def test_outcome(margins, expected):
-    assert outcome(margins, Bootstrap())[0] == expected
+    assert outcome(margins)[0] == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "ends"),
+    [
+        ([1.0, 2.0, 3.0], (-0.4841, 4.4841)),  # t(2) = 4.3027 from a printed table, times 1 / sqrt(3)
+        ([0.0, 2.0], (-11.7062, 13.7062)),  # t(1) = 12.7062, times sqrt(2) / sqrt(2)
+        ([5.0, 5.0, 5.0], (5.0, 5.0)),
+        ([5.0], (None, None)),
+    ],
+)
+def test_interval_over_seeds_is_students(values, ends):
+    found = interval_over_seeds(values)
+    assert found == ends if None in ends else found == pytest.approx(ends, abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -266,13 +302,11 @@ def test_verdict(outcomes, expected):
 
 
 def test_check_multiplies_the_right_side():
-    below = check_row(Check("b", "validation", "a", "below", "b", 1.02), [2.0, 2.03], [2.0, 2.0], Bootstrap())
+    below = check_row(Check("b", "validation", "a", "below", "b", 1.02), [2.0, 2.001], [2.0, 2.0])
     assert below["right"] == [2.04, 2.04]
-    assert below["margin"]["per_seed"] == pytest.approx([0.04, 0.01])
+    assert below["margin"]["per_seed"] == pytest.approx([0.04, 0.039])
     assert below["outcome"] == "holds"
-    assert check_row(Check("a", "validation", "a", "above", 0.5), [0.4], [0.5], Bootstrap())["outcome"] == (
-        "does not hold"
-    )
+    assert check_row(Check("a", "validation", "a", "above", 0.5), [0.4], [0.5])["outcome"] == ("does not hold")
 
 
 # -------------------------------------------------------------------------------------------------------------- command

@@ -1,17 +1,22 @@
 """Experiments end to end at a tiny size: kill -9, failed arms, runs that are shared, and the paper's scale in small."""
 
+import fcntl
 import json
 import multiprocessing
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
+from rich.progress import Progress
 
 from litgpt_memsinks.errors import MemSinksError
 from litgpt_memsinks.experiments import found as experiment_found
@@ -22,6 +27,8 @@ from litgpt_memsinks.experiments.grids import GRIDS, grid
 from litgpt_memsinks.experiments.measures import read_readings
 from litgpt_memsinks.experiments.runs import Workplace
 from litgpt_memsinks.experiments.scales import EMBEDDED, GPU, Texts
+from litgpt_memsinks.experiments.training_runs import train_run
+from litgpt_memsinks.files import write_text
 from tests.console import BOTH, REPOSITORY, zygote
 from tests.helpers import read_written
 
@@ -175,6 +182,68 @@ def test_small_corpus_is_refused(tmp_path):
         open_workplace("cpu", corpus, tmp_path / "out", RECIPES)
 
 
+def test_small_corpus_may_grow_under_its_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment_scales, "OWN", replace(TINY, name="cpu", documents=700))
+    corpus = tmp_path / "mine.jsonl"
+    for number in (20, 900):
+        corpus.write_text("".join(json.dumps({"text": f"{index} words"}) + "\n" for index in range(number)))
+        with nullcontext() if number > 100 else pytest.raises(MemSinksError):
+            open_workplace("cpu", corpus, tmp_path / "out", RECIPES)
+    corpus.write_text(corpus.read_text() * 2)
+    with pytest.raises(MemSinksError, match="holds experiments on other texts: their corpus_sha256 differ"):
+        open_workplace("cpu", corpus, tmp_path / "out", RECIPES)
+
+
+def test_unfinished_stream_may_get_other_settings_and_a_finished_one_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment_scales, "EMBEDDED", replace(TINY, repeated=100))  # of 60 documents
+    workplace = open_workplace("cpu", None, tmp_path, RECIPES)
+    with pytest.raises(MemSinksError, match="100"):
+        workplace.stream(STANDARD)
+    replace(workplace, scale=TINY).stream(STANDARD)
+    with pytest.raises(MemSinksError, match="was prepared with other settings"):
+        workplace.stream(STANDARD)
+
+
+def test_stream_that_cannot_be_prepared_fails_its_arms_only(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(experiment_scales, "EMBEDDED", TINY)
+    asked = Arm("asked", "standard", replace(STANDARD.stream, name="asked", id_noise=7.0))
+    one = replace(TRIED, arms=(asked,), asked="asked", checks=TRIED.checks[1:])
+    (failed,) = run(one, tmp_path)
+    assert "fig4: asked seed 1: " in failed
+    assert "id_noise" in failed
+    assert json.loads((tmp_path / "cpu-embedded/fig4/experiment.json").read_text())["verdict"] == "not measured"
+
+
+def test_two_commands_train_a_run_once(tmp_path):
+    """The second waits for the first, and finds the run finished."""
+    folder = tmp_path / "runs/seed1"
+    folder.mkdir(parents=True)
+    with Progress(disable=True) as progress, ThreadPoolExecutor(1) as pool:
+        task = progress.add_task("run", total=3, loss="waiting")
+        with open(folder.with_name(".seed1.lock"), "w") as lock:  # as the first has it
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            (folder / "half").touch()
+            second = pool.submit(train_run, ["false"], folder, 1, progress, task, threading.Event())
+            while progress.tasks[0].fields["loss"] != "another command trains it":
+                assert not second.done()
+                time.sleep(0.01)
+            assert (folder / "half").exists()
+            (folder / "final").mkdir()
+            (folder / "final/model_config.yaml").touch()
+        second.result(30)
+    assert progress.tasks[0].fields["loss"] == "done before"
+    assert (folder / "half").exists()
+
+
+def test_wait_for_another_command_can_be_stopped(tmp_path):
+    stop = threading.Event()
+    with open(tmp_path / ".seed1.lock", "w") as lock, Progress(disable=True) as progress:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        stop.set()
+        train_run(["false"], tmp_path / "seed1", 1, progress, progress.add_task("run", total=3), stop)
+    assert not (tmp_path / "seed1").exists()
+
+
 def test_papers_scale_takes_its_first_steps(tiny, corpus_dir, tokenizer_dir, tmp_path):
     """The same code and the same flags; only sizes, and what needs a GPU to be fast, are smaller."""
     scale = replace(
@@ -200,6 +269,39 @@ def test_papers_scale_takes_its_first_steps(tiny, corpus_dir, tokenizer_dir, tmp
     assert used["train"]["min_lr"] == 6e-4
     (reading,) = read_readings(next(tmp_path.glob("runs/memsinks-*/seed1")))
     assert reading.own > 0
+
+
+def test_large_run_takes_its_first_steps(tiny, corpus_dir, tokenizer_dir, tmp_path, monkeypatch):
+    """Figure 6a from its recipes for training and data, with other sizes and texts in them."""
+    recipe = yaml.safe_load((RECIPES / "smollm360_memsinks.yaml").read_text())
+    sizes = {name.removeprefix("model_config."): yaml.safe_load(value) for name, value in NARROW}
+    recipe |= {"model_name": "Tiny-MemSinks", "model_config": sizes, "precision": "32-true"}
+    recipe["data"]["init_args"] |= {"num_workers": 0, "watch": {"documents": 2, "validation_documents": 2}}
+    recipe["train"] |= {"global_batch_size": 8, "max_seq_length": 64, "max_tokens": 8 * 64 * 3, "tie_embeddings": False}
+    recipe["eval"] |= {"interval": 2, "max_iters": 1}
+    data = yaml.safe_load((RECIPES / "data/smollm360_slimpajama_tinystories.yaml").read_text())
+    data["sources"]["tinystories_train"] |= {"path": str(corpus_dir / "validation.jsonl"), "documents": 3}
+    data["sources"]["slimpajama_train"] |= {"path": str(corpus_dir / "train.jsonl"), "fill_to": 6000}
+    for source in data["validation"].values():
+        source |= {"path": str(corpus_dir / "validation.jsonl"), "documents": 4}
+    write_text(tmp_path / "recipes/smollm360_memsinks.yaml", yaml.safe_dump(recipe, sort_keys=False))
+    write_text(tmp_path / "recipes/data/smollm360_slimpajama_tinystories.yaml", yaml.safe_dump(data, sort_keys=False))
+    (tmp_path / "checkpoints/HuggingFaceTB").mkdir(parents=True)
+    (tmp_path / "checkpoints/HuggingFaceTB/SmolLM-360M").symlink_to(tokenizer_dir)
+    monkeypatch.chdir(tmp_path)
+    workplace = Workplace(GPU, Texts("", "", "", "", "", tmp_path), tmp_path / "gpu", tmp_path / "recipes", "")
+    (arm,) = (arm for arm in EXPERIMENTS["fig6a"].arms if arm.name == "memsinks")
+    one = replace(EXPERIMENTS["fig6a"], arms=(arm,), checks=(), asked="memsinks", asked_of=())
+    assert run_experiment(one, workplace, 1, 1, "cpu") == []
+    result = json.loads((tmp_path / "gpu/fig6a/experiment.json").read_text())
+    assert result["arms"][0]["changes"] == []
+    assert 0 < result["values"]["repeated"]["memsinks"]["mean"] < 8
+    used = yaml.safe_load(next(tmp_path.glob("gpu/runs/*/seed1/final/hyperparameters.yaml")).read_text())
+    assert [used["train"][name] for name in ("max_tokens", "max_seq_length", "min_lr")] == [8 * 64 * 3, 64, 5e-4]
+    assert used["data"]["init_args"]["sinks"]["shared_fraction"] == 0.7
+    planned = workplace.planned(arm, 1)
+    assert planned.run.iterations == 3
+    assert planned.block_size == 64
 
 
 def test_large_runs_are_the_papers_recipes_as_they_are(tmp_path):

@@ -1,7 +1,9 @@
 """The scan of settings: what it reads, what it refuses, and (long) a whole one beside a tiny demo."""
 
+import hashlib
 import json
 import subprocess
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -11,7 +13,7 @@ from litgpt_memsinks.__main__ import main
 from litgpt_memsinks.config import SinkArgs
 from litgpt_memsinks.errors import MemSinksError
 from litgpt_memsinks.experiments import demo
-from litgpt_memsinks.experiments.frontier import Found, frontier, read_settings, table
+from litgpt_memsinks.experiments.frontier import Found, Setting, add, frontier, over_seeds, read_settings, table, train
 from litgpt_memsinks.prepare.manifest import MANIFEST
 from tests.console import REPOSITORY
 
@@ -66,9 +68,52 @@ def test_a_demo_that_is_not_finished_is_refused(tmp_path):
 
 
 def test_table():
-    row = Found("a", 2, 3.0, -0.021, 2.5, 0.1, 4.2, 0.876, 0.0, 0.02)
-    assert table([row]).splitlines()[-1] == "| a | 2 | 3.000 | -2.1% | 2.500 | 0.100 | 4.200 | 87.6% | 0% | 0.020 |"
+    row = Found("a", 2, 3.0, -0.021, 2.5, 0.1, 4.2, 0.876, 0.0, 0.02, 0.713)
+    line = "| a | 2 | 3.000 | -2.1% | 2.500 | 0.100 | 4.200 | 87.6% | 0% | 0.020 | 0.71 |"
+    assert table([row]).splitlines()[-1] == line
     assert table([]).splitlines()[0].count("|") == table([row]).splitlines()[-1].count("|")
+    again = Found("a", 3, 3.2, -0.001, 2.5, 0.1, 4.2, 0.896, 0.0, 0.02, 0.733)
+    other = replace(again, name="b")
+    line = "| a | 3.100 ± 0.141 | -1.1 ± 1.4% | 2.500 ± 0.000 | 0.100 ± 0.000 | 4.200 ± 0.000 | 88.6 ± 1.4% | 0 ± 0% | "
+    lines = over_seeds([row, other, again]).splitlines()
+    assert lines[2] == line + "0.020 ± 0.000 | 0.72 ± 0.01 |"
+    assert lines[3].startswith("| b | 3.200 ± 0.000 | -0.1 ± 0.0% |")
+    assert lines[0].count("|") == lines[2].count("|")
+
+
+def test_rows_of_earlier_commands_are_kept(tmp_path):
+    path = tmp_path / "found.json"
+    numbers = (-0.021, 2.5, 0.1, 4.2, 0.876, 0.0, 0.02, 0.713)
+    for name, seed, validation in (("a", 1, 3.0), ("a", 2, 3.1), ("b", 1, 3.2), ("a", 1, 3.3)):
+        add(path, Found(name, seed, validation, *numbers))
+    rows = [(row["name"], row["seed"], row["validation"]) for row in json.loads(path.read_text())]
+    assert rows == [("a", 2, 3.1), ("b", 1, 3.2), ("a", 1, 3.3)]
+    for other in ("[1]", "{", '[{"name": "a"}]'):
+        path.write_text(other)
+        with pytest.raises(MemSinksError, match="is no list of rows"):
+            add(path, Found("a", 1, 3.0, *numbers))
+        assert path.read_text() == other
+
+
+def test_run_of_other_settings_is_not_taken_for_this_one(tmp_path):
+    recipe = REPOSITORY / "recipes/demo/memsinks.yaml"
+    folder = tmp_path / "a-seed1"
+    (folder / "final").mkdir(parents=True)
+    (folder / "final/model_config.yaml").touch()
+    setting = Setting("a", {"shared_fraction": 0.3})
+    note = {"name": "a", "sinks": {"shared_fraction": 0.3}, "id_noise": 0.0, "left_out": False}
+    note["recipe_sha256"] = hashlib.sha256(recipe.read_bytes()).hexdigest()
+    (folder / "setting.json").write_text(json.dumps(note))
+    train(setting, tmp_path, tmp_path, recipe, 1, 128)
+    for changed, named in (
+        (replace(setting, sinks={"shared_fraction": 0.5}), "sinks"),
+        (replace(setting, sinks={}, id_noise=0.1), "sinks and id_noise"),
+    ):
+        with pytest.raises(MemSinksError, match=f"was trained with another {named} than 'a' has now"):
+            train(changed, tmp_path, tmp_path, recipe, 1, 128)
+    (folder / "setting.json").unlink()
+    with pytest.raises(MemSinksError, match="Give the setting another name, or remove the folder"):
+        train(setting, tmp_path, tmp_path, recipe, 1, 128)
 
 
 @pytest.mark.long

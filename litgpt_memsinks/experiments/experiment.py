@@ -138,8 +138,15 @@ def open_workplace(scale: ScaleName, corpus: Path | None, out_dir: Path, recipes
         raise MemSinksError(
             f"{str(folder)!r} holds experiments on other texts: their {different} differ. Remove it, or set --out_dir."
         )
+    is_new = not note.is_file()
     write_json(note, settings)
-    return Workplace(sizes, make_texts(sizes, corpus, folder), folder, recipes, sha256)
+    try:
+        texts = make_texts(sizes, corpus, folder)
+    except MemSinksError:
+        if is_new:  # nothing was made of this corpus, which may be mended under the same name
+            note.unlink()
+        raise
+    return Workplace(sizes, texts, folder, recipes, sha256)
 
 
 # -------------------------------------------------------------------------------------------------------------- running
@@ -157,9 +164,6 @@ def run_experiment(one: Experiment, workplace: Workplace, seeds: int, jobs: int,
 
     Returns:
         A line for everything that failed; the experiment is written without it.
-
-    Raises:
-        MemSinksError: For streams that cannot be prepared.
     """
     print(f"{one.name}, {one.where}: {len(one.arms)} arms x {seeds} seed(s)", flush=True)
     problems: list[str] = []
@@ -168,11 +172,10 @@ def run_experiment(one: Experiment, workplace: Workplace, seeds: int, jobs: int,
         for arm in one.arms:
             try:
                 workplace.recipe(arm)
+                workplace.stream(arm)
+                planned.append(workplace.planned(arm, seed))
             except MemSinksError as error:
                 problems.append(f"{arm.name} seed {seed}: {str(error).rstrip('.')}")
-                continue
-            workplace.stream(arm)
-            planned.append(workplace.planned(arm, seed))
     failures = train(planned, jobs)
     problems += [f"{run.arm.name} seed {run.seed}: {failures[run.run.out_dir]}" for run in planned
                  if run.run.out_dir in failures]  # fmt: skip

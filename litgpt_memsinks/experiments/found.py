@@ -18,6 +18,7 @@ from litgpt_memsinks.experiments.measures import Found, Point, read_readings
 from litgpt_memsinks.experiments.runs import Planned, Workplace
 from litgpt_memsinks.localise.localise import frontier
 from litgpt_memsinks.localise.scores import LocaliseArgs
+from litgpt_memsinks.version import __version__
 
 RATIOS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
 """Shares of each layer's neurons that a localisation drops."""
@@ -128,7 +129,7 @@ def _localise(
     settings = LocaliseArgs(block_size=run.block_size)
     key = key_of(
         unit="frontier", model=subject.fingerprint(), data=asked.fingerprint(), method=localised.method, ratios=RATIOS,
-        seed=run.seed, settings=asdict(settings),
+        seed=run.seed, settings=asdict(settings), package=__version__, device=device,
     )  # fmt: skip
 
     def compute() -> list[Dropped]:

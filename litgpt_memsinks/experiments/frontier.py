@@ -9,17 +9,21 @@ the demo's own ``standard`` and ``left_out`` runs of the same seed. The tables o
 import json
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import yaml
 
+from litgpt_memsinks.digests import file_sha256
 from litgpt_memsinks.errors import MemSinksError
 from litgpt_memsinks.evaluate.battery import Kept, Measured, Plan, measure
+from litgpt_memsinks.evaluate.evaluate import deviation
 from litgpt_memsinks.evaluate.results import compare, extracted
 from litgpt_memsinks.evaluate.subject import Asked, Role, Subject, ask_prepared
+from litgpt_memsinks.evaluate.verdict import loss_auc
 from litgpt_memsinks.experiments.demo import (
     EMBEDDED_BLOCK,
     MICRO_BATCH,
@@ -31,11 +35,13 @@ from litgpt_memsinks.experiments.demo import (
     pretrain_command,
     run_dir,
 )
+from litgpt_memsinks.experiments.training_runs import is_trained
 from litgpt_memsinks.files import write_json
 from litgpt_memsinks.prepare.manifest import MANIFEST, Manifest
 from litgpt_memsinks.prepare.prepare import prepare
 
-PARTS = ("losses", "extraction", "relearning")
+PARTS = ("losses", "extraction", "membership", "relearning")
+FOUND, SETTING = "found.json", "setting.json"
 ARM = "memsinks"
 """The demo's recipe whose sinks a setting replaces."""
 REFERENCES: dict[str, Role] = {"standard": "standard", "left_out": "left_out"}
@@ -74,6 +80,8 @@ class Found:
     """Share of the repeated documents whose tokens 33 to 64 come back from the first 32"""
     relearned: float
     """By how much the loss of other repeated documents falls while a few are relearnt"""
+    membership: float
+    """AUC of the loss attack: how well the loss tells repeated documents from validation documents"""
 
 
 def frontier(
@@ -86,7 +94,7 @@ def frontier(
 ) -> None:
     """Train settings of the sinks on a finished demo's streams and say what each forgets at which validation loss.
 
-    One training at a time. What is finished is not redone.
+    One training at a time. What is finished is not redone, and found.json keeps the rows of earlier commands.
 
     Args:
         demo: Folder of a finished `litgpt-memsinks demo` with as many seeds.
@@ -97,7 +105,8 @@ def frontier(
         only: Names of the settings to run, with commas between them; all by default.
 
     Raises:
-        MemSinksError: If the demo is not finished, the settings are not a list of such, or a training run fails.
+        MemSinksError: If the demo is not finished, the settings are not a list of such, a finished run has the name of
+            a setting but other settings, or a training run fails.
     """
     chosen = read_settings(settings, only)
     _check(demo, recipes, seeds)
@@ -110,8 +119,10 @@ def frontier(
             train(setting, stream, out_dir, recipes / f"{ARM}.yaml", seed, block_size)
             rows.append(look(setting, demo, out_dir, seed, asked, block_size))
             print(_row(rows[-1]), flush=True)
-    write_json(out_dir / "found.json", [asdict(row) for row in rows])
+            add(out_dir / FOUND, rows[-1])
     print("\n" + table(rows))
+    if seeds > 1:
+        print("\n" + over_seeds(rows))
 
 
 def read_settings(path: Path, only: str = "") -> list[Setting]:
@@ -180,17 +191,24 @@ def train(setting: Setting, stream: Path, out_dir: Path, recipe: Path, seed: int
     """Run the stock `litgpt pretrain` for one pass over the stream, unless that is done; its output is ``train.log``.
 
     Raises:
-        MemSinksError: If it fails; the message has the end of its log.
+        MemSinksError: If it fails; the message has the end of its log. Or if what is done had other settings.
     """
     folder = run_dir(out_dir, setting.name, seed)
-    if (folder / "final" / "model_config.yaml").is_file():  # written last
+    note = asdict(setting) | {"recipe_sha256": file_sha256(recipe)}
+    if is_trained(folder):
+        before = json.loads((folder / SETTING).read_text(encoding="utf-8")) if (folder / SETTING).is_file() else {}
+        if different := [name for name, value in note.items() if before.get(name) != value]:
+            raise MemSinksError(
+                f"{str(folder)!r} was trained with another {' and '.join(different)} than {setting.name!r} has now. "
+                "Give the setting another name, or remove the folder."
+            )
         return
+    write_json(folder / SETTING, note)
     tokens = Manifest.read(stream).splits["train"].tokens
     steps = tokens // (MICRO_BATCH * (block_size + 1))
     command = pretrain_command(recipe, stream, folder, seed, block_size, steps * MICRO_BATCH * block_size)
     for name, value in setting.sinks.items():
         command += [f"--data.sinks.{name}", value if isinstance(value, str) else json.dumps(value)]
-    folder.mkdir(parents=True, exist_ok=True)
     log = folder / "train.log"
     with open(log, "w", encoding="utf-8") as output:
         output.write(" ".join(command) + "\n")
@@ -220,7 +238,22 @@ def look(setting: Setting, demo: Path, out_dir: Path, seed: int, asked: Asked, b
         row.gap_closed[0],
         extracted(arms[setting.name], "dropped"),
         relearned(arms[setting.name]),
+        loss_auc(arms[setting.name]),
     )
+
+
+def add(path: Path, row: Found) -> None:
+    """Write a row to the file, instead of one of the same name and seed, if it has one.
+
+    Raises:
+        MemSinksError: If the file is something else.
+    """
+    try:
+        rows = [Found(**one) for one in json.loads(path.read_text(encoding="utf-8"))] if path.is_file() else []
+    except (ValueError, TypeError) as error:
+        raise MemSinksError(f"{str(path)!r} is no list of rows ({error}). Move it away, or set --out_dir.") from error
+    rows = [one for one in rows if (one.name, one.seed) != (row.name, row.seed)]
+    write_json(path, [asdict(one) for one in (*rows, row)])
 
 
 def relearned(measured: Measured) -> float:
@@ -233,18 +266,38 @@ def _row(found: Found) -> str:
     return (
         f"| {found.name} | {found.seed} | {found.validation:.3f} | {found.validation_change:+.1%} | "
         f"{found.repeated:.3f} | {found.own:.3f} | {found.placebo:.3f} | "
-        f"{found.gap_closed:.1%} | {found.extracted:.0%} | {found.relearned:.3f} |"
+        f"{found.gap_closed:.1%} | {found.extracted:.0%} | {found.relearned:.3f} | "
+        f"{found.membership:.2f} |"
     )
 
 
-def _lines(rows: list[Found]) -> Iterator[str]:
-    names = ["setting", "seed", "validation", "vs standard", "repeated", "own sinks", "placebo", "gap closed"]
-    names += ["extracted", "relearned"]
+def _lines(heads: list[str], rows: Iterable[str]) -> Iterator[str]:
+    names = [*heads, "validation", "vs standard", "repeated", "own sinks", "placebo", "gap closed", "extracted"]
+    names += ["relearned", "AUC, loss"]
     yield f"| {' | '.join(names)} |"
     yield "|---" * len(names) + "|"
-    yield from map(_row, rows)
+    yield from rows
 
 
 def table(rows: list[Found]) -> str:
     """The rows as Markdown."""
-    return "\n".join(_lines(rows))
+    return "\n".join(_lines(["setting", "seed"], map(_row, rows)))
+
+
+def over_seeds(rows: list[Found]) -> str:
+    """The same with mean ± sample standard deviation over the seeds of each setting."""
+    names = dict.fromkeys(row.name for row in rows)
+    return "\n".join(_lines(["setting"], (_mean_row([row for row in rows if row.name == name]) for name in names)))
+
+
+def _mean_row(rows: list[Found]) -> str:
+    def cell(name: str, form: str, factor: float = 1.0, unit: str = "") -> str:
+        values = [factor * getattr(row, name) for row in rows]
+        return f"{mean(values):{form}} ± {deviation(values):{form.lstrip('+')}}{unit}"
+
+    losses = {name: cell(name, ".3f") for name in ("validation", "repeated", "own", "placebo", "relearned")}
+    return (
+        f"| {rows[0].name} | {losses['validation']} | {cell('validation_change', '+.1f', 100, '%')} | "
+        f"{losses['repeated']} | {losses['own']} | {losses['placebo']} | {cell('gap_closed', '.1f', 100, '%')} | "
+        f"{cell('extracted', '.0f', 100, '%')} | {losses['relearned']} | {cell('membership', '.2f')} |"
+    )

@@ -15,13 +15,12 @@ from typing import Any
 import torch
 
 from litgpt_memsinks.bench.bench import processor
-from litgpt_memsinks.evaluate.bootstrap import Bootstrap
 from litgpt_memsinks.evaluate.evaluate import deviation
 from litgpt_memsinks.evaluate.results import strict
 from litgpt_memsinks.experiments.declared import Check, Experiment
 from litgpt_memsinks.experiments.measures import MEASURES, Found, price_of, shares, value
 from litgpt_memsinks.experiments.runs import Planned, Workplace
-from litgpt_memsinks.experiments.verdict import Outcome, check_row, verdict
+from litgpt_memsinks.experiments.verdict import Outcome, check_row, interval_over_seeds, verdict
 from litgpt_memsinks.theory.verdict import Verdict as TheoremVerdict
 
 EXPERIMENT = "experiment.json"
@@ -49,8 +48,7 @@ def content(
         notes: A line for each measurement that could not be made.
         device: Where was measured.
     """
-    boot = Bootstrap()
-    checks = [_check(check, found, boot) for check in one.checks]
+    checks = [_check(check, found) for check in one.checks]
     minutes = [run.minutes for run in {run.run.out_dir: run for run in planned}.values()]
     return strict(
         {
@@ -68,7 +66,7 @@ def content(
             "arms": [_arm(arm.name, [run for run in planned if run.arm.name == arm.name]) for arm in one.arms],
             "training_minutes": round(sum(filter(None, minutes)), 2),
             "values": {
-                measure: {name: summary([value(seed, measure, name) for seed in found], boot) for name in _named(one)}
+                measure: {name: summary([value(seed, measure, name) for seed in found]) for name in _named(one)}
                 for measure in _measures(one)
             },
             "labels": {measure: MEASURES[measure].label for measure in _measures(one)},
@@ -177,22 +175,22 @@ def _measures(one: Experiment) -> list[str]:
     return list(dict.fromkeys([*one.table, *(check.measure for check in one.checks), *drawn]))
 
 
-def _check(check: Check, found: Sequence[Found], boot: Bootstrap) -> dict[str, Any]:
+def _check(check: Check, found: Sequence[Found]) -> dict[str, Any]:
     left = [value(seed, check.measure, check.arm) for seed in found]
     right = [check.than if isinstance(check.than, float) else value(seed, check.measure, check.than) for seed in found]
-    return check_row(check, left, right, boot)
+    return check_row(check, left, right)
 
 
-def summary(values: Sequence[float], boot: Bootstrap) -> dict[str, Any]:
+def summary(values: Sequence[float]) -> dict[str, Any]:
     """A number for each seed, with mean, sample standard deviation, and the interval of the mean over seeds."""
     there = [number for number in values if not math.isnan(number)]
-    whole = boot.mean(there) if there else {"value": None, "low": None, "high": None}
+    low, high = interval_over_seeds(there)
     return {
         "per_seed": list(values),
-        "mean": whole["value"],
+        "mean": math.fsum(there) / len(there) if there else None,
         "sd": deviation(there) if len(there) > 1 else None,
-        "low": whole["low"],
-        "high": whole["high"],
+        "low": low,
+        "high": high,
     }
 
 

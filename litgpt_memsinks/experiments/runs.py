@@ -30,7 +30,7 @@ from litgpt_memsinks.experiments.training_runs import (
     train_runs,
 )
 from litgpt_memsinks.files import write_json, write_text
-from litgpt_memsinks.prepare.manifest import Manifest
+from litgpt_memsinks.prepare.manifest import MANIFEST, Manifest
 
 SETTINGS = "run.json"
 OPTIMIZER = "optimizer.init_args."
@@ -61,7 +61,8 @@ class Workplace:
         wanted = self._placeless(settings)
         folder = self.folder / "data" / stream_folder(arm.stream, self.scale)
         note = folder.with_name(f"{folder.name}.json")
-        if note.is_file() and json.loads(note.read_text(encoding="utf-8")) != wanted:
+        there = note.is_file() and (folder / MANIFEST).is_file()
+        if there and json.loads(note.read_text(encoding="utf-8")) != wanted:
             raise MemSinksError(
                 f"{str(folder)!r} was prepared with other settings than this package's. Remove it, or set --out_dir."
             )

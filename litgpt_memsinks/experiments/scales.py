@@ -216,7 +216,7 @@ def make_texts(scale: Scale, corpus: Path | None, folder: Path) -> Texts:
             _require(texts / "train.jsonl", scale, corpus)
     if not others.is_dir():
         with atomic_directory(others) as scratch:
-            _write(scratch / "bulk.jsonl", stories(scale.documents, seed=1))
+            _write(scratch / "bulk.jsonl", stories(_bulk(scale), seed=1))
             for split in ("train", "validation"):
                 _write(scratch / f"{split}.jsonl", map(backwards, read_texts(texts / f"{split}.jsonl")))
     rare = others if corpus is None else texts
@@ -280,7 +280,7 @@ def stream_settings(stream: Stream, scale: Scale, texts: Texts, recipes: Path) -
     repeated: dict[str, Any] = {"path": texts.train, "documents": scale.repeated, "repeats": scale.repeats}
     once: dict[str, Any] = {"path": texts.train, "documents": scale.once}
     if stream.every_steps is not None:
-        repeated |= {"documents": 1, "repeats": max(2, _steps(scale) // stream.every_steps)}
+        repeated |= {"documents": 1, "repeats": max(2, _steps(scale, texts) // stream.every_steps)}
         once["documents"] = scale.documents if scale.texts else None
     if stream.canary:
         repeated["canary_tokens"] = scale.canary_tokens
@@ -303,9 +303,15 @@ def _budget(scale: Scale) -> int:
     return (scale.once + scale.repeated * scale.repeats) * scale.tokens_per_document
 
 
-def _steps(scale: Scale) -> int:
+def _bulk(scale: Scale) -> int:
+    """Stories that are enough to fill the streams of Figure 6. Another tokenizer than their own makes more of them."""
+    return max(scale.documents, _budget(scale) // EMBEDDED.tokens_per_document)
+
+
+def _steps(scale: Scale, texts: Texts) -> int:
     """Steps of one pass over all documents once, for which rows are counted without their padding: there is none."""
-    return scale.documents * scale.tokens_per_document // (MICRO_BATCH * scale.block_size)
+    documents = scale.documents if scale.texts else sum(1 for _ in read_texts(Path(texts.train)))
+    return documents * scale.tokens_per_document // (MICRO_BATCH * scale.block_size)
 
 
 def stream_folder(stream: Stream, scale: Scale) -> str:

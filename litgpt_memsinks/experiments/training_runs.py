@@ -1,5 +1,6 @@
 """Several training runs with the stock `litgpt pretrain`, some at a time, each with a bar; a finished one is kept."""
 
+import fcntl
 import os
 import re
 import shutil
@@ -7,8 +8,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -152,15 +154,39 @@ def train_run(
 ) -> None:
     """Run one command, copy its output to ``train.log``, follow its iterations, and note the seconds at its end.
 
+    A run that is finished is left as it is, and one that another process trains is waited for.
+
     Raises:
         TrainingFailedError: If it ends with another status than 0.
     """
     progress.start_task(task)
-    if is_trained(out_dir):
-        progress.update(task, completed=progress.tasks[task].total, loss="done before")
-        return
-    if stop.is_set():
-        return
+    with _alone(out_dir, lambda: progress.update(task, loss="another command trains it"), stop):
+        if is_trained(out_dir):
+            progress.update(task, completed=progress.tasks[task].total, loss="done before")
+        elif not stop.is_set():
+            _train(command, out_dir, threads, progress, task, stop)
+
+
+@contextmanager
+def _alone(out_dir: Path, wait: Callable[[], None], stop: threading.Event) -> Iterator[None]:
+    """Hold a lock on a run that a killed process loses; or let it go if ``stop`` is set before it is free."""
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    with open(out_dir.with_name(f".{out_dir.name}.lock"), "w") as lock:
+        while not stop.is_set():
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                wait()
+                stop.wait(1)
+            except OSError:  # a file system without locks: two commands must not share a folder there
+                break
+        yield
+
+
+def _train(
+    command: list[str], out_dir: Path, threads: int, progress: Progress, task: TaskID, stop: threading.Event
+) -> None:
     shutil.rmtree(out_dir, ignore_errors=True)  # of an interrupted run
     out_dir.mkdir(parents=True, exist_ok=True)  # what outlived its killed parent may still write a line
     progress.update(task, loss="starting")
