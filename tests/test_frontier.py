@@ -116,6 +116,15 @@ def test_run_of_other_settings_is_not_taken_for_this_one(tmp_path):
         train(setting, tmp_path, tmp_path, recipe, 1, 128)
 
 
+@pytest.mark.parametrize("corpus", ["embedded", "tinystories"])
+def test_committed_table_is_of_the_committed_rows(corpus):
+    docs = REPOSITORY / "docs"
+    rows = [Found(**row) for row in json.loads((docs / f"frontier/{corpus}.json").read_text())]
+    assert sorted({row.seed for row in rows}) == [1, 2, 3]
+    written = (docs / "frontier.md").read_text(encoding="utf-8").splitlines()
+    assert set(over_seeds(rows).splitlines()) <= set(written)
+
+
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_settings_are_set_against_the_demos_references(tmp_path, monkeypatch, capsys):
