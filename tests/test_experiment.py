@@ -27,9 +27,9 @@ from litgpt_memsinks.theory.theory import PARTS as THEOREMS
 from tests.console import REPOSITORY
 
 FIGURES = ["fig2a", "fig2b", "fig2c", "fig3", "fig4", "fig5a", "fig5b", "fig5c", "fig6a", "fig6b", "fig7"]
-NAMES = [*FIGURES, "thm_entanglement", "thm_coadaptation", "thm_forgetting", "thm_accumulation"]
+NAMES = [*FIGURES, "near_duplicates", "thm_entanglement", "thm_coadaptation", "thm_forgetting", "thm_accumulation"]
 TABLES = {"table1": 9, "table2": 27, "table3": 144, "table6a": 12, "table6b": 12}
-TEXTS = Texts("train", "validation", "rare", "rare_validation", "bulk", REPOSITORY)
+TEXTS = Texts("train", "validation", "rare", "rare_validation", "bulk", "edited", REPOSITORY)
 
 # --------------------------------------------------------------------------------------------------------- declarations
 
@@ -118,6 +118,10 @@ def test_streams_follow_the_paper(tmp_path):
     noises = {name: one["id_noise"] for name, one in made.items() if "id_noise" in one}
     assert sorted(noises.values()) == [0.05, 0.1, 0.25, 0.5, 1.0]
     assert made["canary"]["sources"]["repeated"]["canary_tokens"] == 32
+    assert list(made["edited"]["sources"]) == ["repeated", "edited", "once"]
+    assert made["edited"]["sources"]["repeated"] == repeated | {"repeats": 1}
+    assert {source["ids"] for source in made["edited"]["sources"].values()} == {"hash"}
+    assert {source["ids"] for source in made["edited_clusters"]["sources"].values()} == {"near_duplicate"}
     steps = 9000 * 101 / (8 * 128)  # of all documents once
     assert made["single"]["sources"]["repeated"]["documents"] == 1
     assert made["single"]["sources"]["repeated"]["repeats"] == int(steps / 40)

@@ -252,7 +252,7 @@ def test_papers_scale_takes_its_first_steps(tiny, corpus_dir, tokenizer_dir, tmp
         settings=(*GPU.settings, *NARROW, *QUICK, ("data.num_workers", "0"), ("precision", "32-true")),
     )
     texts = Texts(*(str(corpus_dir / f"{name}.jsonl") for name in ("train", "validation", "train", "validation")),
-                  str(corpus_dir / "train.jsonl"), tokenizer_dir)  # fmt: skip
+                  str(corpus_dir / "train.jsonl"), str(tmp_path / "edited.jsonl"), tokenizer_dir)  # fmt: skip
     workplace = Workplace(scale, texts, tmp_path, RECIPES, "")
     one = replace(EXPERIMENTS["fig2c"], arms=(MEMSINKS,), checks=(), asked="memsinks")
     assert run_experiment(one, workplace, 1, 1, "cpu") == []
@@ -289,7 +289,7 @@ def test_large_run_takes_its_first_steps(tiny, corpus_dir, tokenizer_dir, tmp_pa
     (tmp_path / "checkpoints/HuggingFaceTB").mkdir(parents=True)
     (tmp_path / "checkpoints/HuggingFaceTB/SmolLM-360M").symlink_to(tokenizer_dir)
     monkeypatch.chdir(tmp_path)
-    workplace = Workplace(GPU, Texts("", "", "", "", "", tmp_path), tmp_path / "gpu", tmp_path / "recipes", "")
+    workplace = Workplace(GPU, Texts("", "", "", "", "", "", tmp_path), tmp_path / "gpu", tmp_path / "recipes", "")
     (arm,) = (arm for arm in EXPERIMENTS["fig6a"].arms if arm.name == "memsinks")
     one = replace(EXPERIMENTS["fig6a"], arms=(arm,), checks=(), asked="memsinks", asked_of=())
     assert run_experiment(one, workplace, 1, 1, "cpu") == []
@@ -305,7 +305,7 @@ def test_large_run_takes_its_first_steps(tiny, corpus_dir, tokenizer_dir, tmp_pa
 
 
 def test_large_runs_are_the_papers_recipes_as_they_are(tmp_path):
-    workplace = Workplace(GPU, Texts("", "", "", "", "", tmp_path), tmp_path, RECIPES, "")
+    workplace = Workplace(GPU, Texts("", "", "", "", "", "", tmp_path), tmp_path, RECIPES, "")
     for one in (EXPERIMENTS["fig6a"], EXPERIMENTS["fig6b"]):
         for arm in one.arms:
             assert workplace.recipe(arm) == RECIPES / f"{arm.paper_recipe}.yaml"
@@ -358,6 +358,11 @@ def test_every_stream_is_what_it_is_called(tmp_path, monkeypatch):
 
     stories = {tokens[:-1] for tokens in repeated("stream")}  # without the end of the text
     assert {tokens[:-33] for tokens in repeated("canary")} == stories
+    for name, ids in (("edited", 6), ("edited_clusters", 3)):  # three documents, and an edited copy of each
+        there = [document for document in written[name] if document.tokens not in times["left_out"]]
+        assert of[name] == {1: 20 + 3 + 3}
+        assert repeated("stream") <= times[name].keys()
+        assert len({document.sequence_id for document in there}) == ids
     ids = {document.sequence_id for document in written["id_noise_1"] if document.tokens in repeated("stream")}
     assert len(ids) == 6
     assert {of[name][repeats] for name, repeats in (("rare_base", 3), ("rare_twice", 6))} == {2}

@@ -9,6 +9,7 @@ measurements in ``docs/near_duplicates.md`` are its output.
 
 import argparse
 import json
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,19 +51,20 @@ def edited(text: str, share: float, rng: Random) -> str:
     """Edit words here and there: each is replaced, deleted or followed by another one, with equal probability.
 
     Args:
-        text: Words between spaces; what lies between them is one space in the copy.
+        text: Words and what lies between them, which the copy has, too.
         share: Of the words, in [0, 1].
         rng: Source of the randomness.
 
     Returns:
         The copy. New words are words of the text itself, the hardest case: they belong to it.
     """
-    words = text.split()
+    pieces = re.findall(r"(\S+)(\s*)", text)
+    words = [word for word, _ in pieces]
     copy = [[word] for word in words]
     for place in rng.sample(range(len(words)), round(share * len(words))):
         new = rng.choice(words)
         copy[place] = rng.choice(([new], [], [words[place], new]))
-    return " ".join(word for piece in copy for word in piece)
+    return "".join(" ".join(new) + gap for new, (_, gap) in zip(copy, pieces, strict=True) if new)
 
 
 def jaccard(first: str, second: str, size: int) -> float:

@@ -18,8 +18,9 @@ FIGURES = Path("figures") / "experiments"
 HEAD = """# The paper's figures and theorems, one by one
 
 Made by `litgpt-memsinks experiment report` from result files; do not edit it. How runs differ from the paper's is below
-each table. Losses in nats per token, sinks dropped unless said; mean ± standard deviation over seeds, intervals by Student's
-t. At the scale *cpu* the model is the demo's, with 0.56M parameters, g = .5 and p = .3 unless said; at *gpu* it is the paper's.
+each table. Losses in nats per token, sinks dropped unless said; mean ± standard deviation over seeds, intervals by
+Student's t. At the scale *cpu* the model is the demo's, with 0.56M parameters, g = .5 and p = .3 unless said; at *gpu*
+it is the paper's.
 
 ```
 litgpt-memsinks experiment list                          # what each takes

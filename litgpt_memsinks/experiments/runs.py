@@ -7,7 +7,7 @@ settings have changed is a new one beside the old.
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ import yaml
 
 from litgpt_memsinks.errors import MemSinksError
 from litgpt_memsinks.evaluate.subject import key_of
-from litgpt_memsinks.experiments.declared import Arm, Setting
-from litgpt_memsinks.experiments.scales import Scale, Texts, prepare_stream, stream_folder, stream_settings
+from litgpt_memsinks.experiments.declared import STREAM, Arm, Setting
+from litgpt_memsinks.experiments.scales import Scale, Texts, make_edited, prepare_stream, stream_folder, stream_settings
 from litgpt_memsinks.experiments.training_runs import (
     MICRO_BATCH,
     TRAINED,
@@ -57,6 +57,9 @@ class Workplace:
         Raises:
             MemSinksError: For bad input, or if the folder there was made with other settings.
         """
+        if arm.stream.edited:
+            exact = self.stream(replace(arm, stream=STREAM))
+            make_edited(exact, arm.stream.edited, self.scale.repeats - 1, Path(self.texts.edited))
         settings = stream_settings(arm.stream, self.scale, self.texts, self.recipes)
         wanted = self._placeless(settings)
         folder = self.folder / "data" / stream_folder(arm.stream, self.scale)

@@ -5,15 +5,18 @@ import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from random import Random
 from typing import Any, Literal
 
 import yaml
 from jsonargparse import ArgumentParser
 
+from litgpt_memsinks.bench.near_duplicate_table import edited
 from litgpt_memsinks.corpus.corpus_files import read_texts
 from litgpt_memsinks.corpus.embedded import stories, write_corpus
 from litgpt_memsinks.corpus.mixture import Source, ValidationSet
 from litgpt_memsinks.errors import MemSinksError
+from litgpt_memsinks.evaluate.subject import ask_prepared
 from litgpt_memsinks.experiments.declared import Arm, Setting, Stream
 from litgpt_memsinks.experiments.demo import (
     EMBEDDED_BLOCK,
@@ -24,11 +27,12 @@ from litgpt_memsinks.experiments.demo import (
     sample,
 )
 from litgpt_memsinks.experiments.training_runs import MICRO_BATCH
-from litgpt_memsinks.files import atomic_directory
+from litgpt_memsinks.files import atomic_directory, write_text
 from litgpt_memsinks.prepare.manifest import MANIFEST
 from litgpt_memsinks.prepare.prepare import prepare
 
 ScaleName = Literal["cpu", "gpu"]
+EDITED_COPIES = "edited.jsonl"
 
 
 @dataclass(frozen=True)
@@ -189,6 +193,8 @@ class Texts:
     """Texts like that"""
     bulk: str
     """The kind that there is much of"""
+    edited: str
+    """Edited copies of the repeated documents, once they are made"""
     tokenizer_dir: Path
     """Of all of them"""
 
@@ -206,7 +212,8 @@ def make_texts(scale: Scale, corpus: Path | None, folder: Path) -> Texts:
     """
     if scale.texts:
         train, validation = (scale.texts, scale.validation) if corpus is None else (str(corpus), scale.validation)
-        return Texts(train, validation, train, validation, train, Path(scale.tokenizer_dir))
+        edited = str(folder / EDITED_COPIES)
+        return Texts(train, validation, train, validation, train, edited, Path(scale.tokenizer_dir))
     texts, others = folder / "corpus", folder / "others"
     if not texts.is_dir():
         if corpus is None:
@@ -226,6 +233,7 @@ def make_texts(scale: Scale, corpus: Path | None, folder: Path) -> Texts:
         rare=str(rare / "train.jsonl"),
         rare_validation=str(rare / "validation.jsonl"),
         bulk=str(others / "bulk.jsonl"),
+        edited=str(folder / EDITED_COPIES),
         tokenizer_dir=own_tokenizer(texts / "train.jsonl", folder),
     )
 
@@ -244,6 +252,22 @@ def _require(sampled: Path, scale: Scale, corpus: Path) -> None:
 def backwards(text: str) -> str:
     """The words in reverse order: another kind of text, as far as a model of the forward one is concerned."""
     return " ".join(reversed(text.split()))
+
+
+def make_edited(prepared: Path, share: float, copies: int, path: Path) -> None:
+    """Write edited copies of the repeated documents of a prepared stream, unless they are there.
+
+    Args:
+        prepared: The stream's folder.
+        share: Of the words of a document that are edited in each copy.
+        copies: Of each document.
+        path: JSON lines to write.
+    """
+    if path.is_file():
+        return
+    asked, rng = ask_prepared(prepared, None), Random(0)
+    texts = [edited(asked.text(tokens), share, rng) for tokens in asked.repeated.tokens for _ in range(copies)]
+    write_text(path, "".join(f"{json.dumps({'text': text}, ensure_ascii=False)}\n" for text in texts))
 
 
 def _write(path: Path, texts: Iterable[str]) -> None:
@@ -284,8 +308,11 @@ def stream_settings(stream: Stream, scale: Scale, texts: Texts, recipes: Path) -
         once["documents"] = scale.documents if scale.texts else None
     if stream.canary:
         repeated["canary_tokens"] = scale.canary_tokens
+    sources = {"repeated": repeated, "once": once}
+    if stream.edited:
+        sources = {"repeated": repeated | {"repeats": 1}, "edited": {"path": texts.edited}, "once": once}
     found: dict[str, Any] = {
-        "sources": {name: source | {"ids": scale.ids} for name, source in (("repeated", repeated), ("once", once))},
+        "sources": {name: source | {"ids": stream.ids or scale.ids} for name, source in sources.items()},
         "validation": {"validation": {"path": texts.validation}},
     }
     if scale.paper:
