@@ -271,6 +271,7 @@ def test_papers_scale_takes_its_first_steps(tiny, corpus_dir, tokenizer_dir, tmp
     assert reading.own > 0
 
 
+@pytest.mark.long  # the scale's other branch is tested above
 def test_large_run_takes_its_first_steps(tiny, corpus_dir, tokenizer_dir, tmp_path, monkeypatch):
     """Figure 6a from its recipes for training and data, with other sizes and texts in them."""
     recipe = yaml.safe_load((RECIPES / "smollm360_memsinks.yaml").read_text())
