@@ -1,9 +1,10 @@
 """Write beside, then rename: nothing half-written is ever left looking whole."""
 
+import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,28 @@ def _is_running(process: int) -> bool:
     except PermissionError:
         pass
     return True
+
+
+@contextmanager
+def alone(path: Path, wait: Callable[[], bool]) -> Iterator[None]:
+    """Hold a lock, which a killed process loses. Nothing is locked on a file system that cannot.
+
+    Args:
+        path: File to lock; it stays.
+        wait: Called again and again while another process has the lock, for as long as it sleeps; whether to go on.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as lock:
+        waiting = True
+        while waiting:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                waiting = wait()
+            except OSError:
+                break
+        yield
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from tests.console import REPOSITORY
 FIGURES = ["fig2a", "fig2b", "fig2c", "fig3", "fig4", "fig5a", "fig5b", "fig5c", "fig6a", "fig6b", "fig7"]
 NAMES = [*FIGURES, "near_duplicates", "thm_entanglement", "thm_coadaptation", "thm_forgetting", "thm_accumulation"]
 TABLES = {"table1": 9, "table2": 27, "table3": 144, "table6a": 12, "table6b": 12}
-TEXTS = Texts("train", "validation", "rare", "rare_validation", "bulk", "edited", REPOSITORY)
+TEXTS = Texts("train", "validation", "rare", "rare_validation", "bulk", REPOSITORY)
 
 # --------------------------------------------------------------------------------------------------------- declarations
 
@@ -389,7 +389,7 @@ def result():
         "gap_closed": {"standard": [0.0, 0.0], "memsinks": [0.7, None]},
     }
     return {
-        "format": 1, "name": "fig4", "where": "Figure 4", "statement": "It says so.", "comment": "Of then.",
+        "format": 2, "name": "fig4", "where": "Figure 4", "statement": "It says so.", "comment": "Of then.",
         "date": "2026-11-21T10:00:00+00:00", "command": "litgpt-memsinks experiment fig4", "hardware": "a processor",
         "versions": {"torch": "2.15.0"}, "scale": "cpu-embedded", "place": "cpu-embedded",
         "corpus": "train.jsonl", "corpus_sha256": None,
@@ -437,7 +437,13 @@ def test_page_names_the_selected_setting():
 def test_other_files_are_neither_read_nor_replaced(tmp_path):
     path = tmp_path / "x/fig4/experiment.json"
     path.parent.mkdir(parents=True)
-    for content in ("{", "[]", '{"format": 9, "name": "fig4"}', '{"format": 1, "name": "fig99"}'):
+    for content in (
+        "{",
+        "[]",
+        '{"format": 9, "name": "fig4"}',
+        '{"format": 1, "name": "fig4"}',
+        '{"format": 2, "name": "fig99"}',
+    ):
         path.write_text(content)
         with pytest.raises(MemSinksError, match="Run the experiment again"):
             report.write_page(tmp_path, tmp_path / "page.md")
@@ -493,6 +499,8 @@ def test_readings_have_the_results_numbers(tmp_path):
         ({"date": "yesterday"}, "did_not_work, this: texts must be texts, and dates YYYY-MM-DD"),
         ({"tried": "[1]"}, "texts must be texts"),
         ({"then": "what"}, "holds no readings"),
+        ({"text": "{gap_closed}"}, "has a brace that is no {MEASURE ARM}"),
+        ({"text": "{gap_closed memsinks"}, "has a brace"),
         ({"date": "[}"}, "holds no readings"),
     ],
 )
@@ -505,6 +513,25 @@ def test_readings_that_do_not_fit_leave_the_page_as_it_was(wrong, message, tmp_p
     assert message in str(error.value)
     assert "\n" not in str(error.value)
     assert (tmp_path / "page.md").read_text() == before
+
+
+@pytest.mark.parametrize("content", ["readings:\ndid_not_work: []", "readings: [1]\ndid_not_work: []"])
+def test_readings_must_be_texts_of_sections(content, tmp_path):
+    (tmp_path / "said.yaml").write_text(content)
+    with pytest.raises(MemSinksError, match="readings must have a text for each section, not"):
+        read_readings(tmp_path / "said.yaml")
+
+
+def test_page_of_the_folder_one_is_in(tmp_path, monkeypatch):
+    write_json(tmp_path / "cpu-mine/fig4/experiment.json", result())
+    monkeypatch.chdir(tmp_path / "cpu-mine")
+    main(["experiment", "report", "--results", ".", "--out_dir", str(tmp_path / "out")])
+    assert "\n## fig4, cpu-mine\n" in (tmp_path / "out/results.md").read_text()
+
+
+def test_outcome_of_a_share_is_printed_as_one(capsys):
+    command.print_outcome(result())
+    assert "│ half is closed   │ 70.0% ± 14.1% │ 50.0% │ holds │" in capsys.readouterr().out
 
 
 def test_readings_must_be_there(tmp_path):

@@ -26,7 +26,7 @@ from litgpt_memsinks.experiments.experiment import open_workplace, run_experimen
 from litgpt_memsinks.experiments.grids import GRIDS, grid
 from litgpt_memsinks.experiments.measures import read_readings
 from litgpt_memsinks.experiments.runs import Workplace
-from litgpt_memsinks.experiments.scales import EMBEDDED, GPU, Texts
+from litgpt_memsinks.experiments.scales import EMBEDDED, GPU, Texts, make_edited
 from litgpt_memsinks.experiments.training_runs import train_run
 from litgpt_memsinks.files import write_text
 from tests.console import BOTH, REPOSITORY, zygote
@@ -109,7 +109,7 @@ def test_killed_experiment_goes_on_and_failed_arms_leave_the_others(tiny, tmp_pa
     assert sorted(name.split("-")[0] for name in after) == ["left_out", "standard"]
     assert len(failed) == 2
     assert "\n" not in "".join(failed)
-    assert "fig4: lost seed 1: There is no recipe" in failed[0]
+    assert "fig4: lost: There is no recipe" in failed[0]
     assert "fig4: failing seed 1: it ended with status 1: " in failed[1]
     assert "active_probability is 7" in failed[1]
 
@@ -209,7 +209,7 @@ def test_stream_that_cannot_be_prepared_fails_its_arms_only(tmp_path, monkeypatc
     asked = Arm("asked", "standard", replace(STANDARD.stream, name="asked", id_noise=7.0))
     one = replace(TRIED, arms=(asked,), asked="asked", checks=TRIED.checks[1:])
     (failed,) = run(one, tmp_path)
-    assert "fig4: asked seed 1: " in failed
+    assert "fig4: asked: " in failed
     assert "id_noise" in failed
     assert json.loads((tmp_path / "cpu-embedded/fig4/experiment.json").read_text())["verdict"] == "not measured"
 
@@ -235,12 +235,57 @@ def test_two_commands_train_a_run_once(tmp_path):
     assert (folder / "half").exists()
 
 
+def test_corpus_that_was_being_sampled_when_killed_may_be_mended(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment_scales, "OWN", replace(TINY, name="cpu", documents=700))
+    (tmp_path / "out/cpu-mine").mkdir(parents=True)
+    (tmp_path / "out/cpu-mine/workplace.json").write_text('{"corpus_sha256": "that of the small one"}')
+    corpus = tmp_path / "mine.jsonl"
+    corpus.write_text("".join(json.dumps({"text": f"{index} words"}) + "\n" for index in range(900)))
+    workplace = open_workplace("cpu", corpus, tmp_path / "out", RECIPES)
+    assert (
+        json.loads((tmp_path / "out/cpu-mine/workplace.json").read_text())["corpus_sha256"] == workplace.corpus_sha256
+    )
+
+
+def test_texts_are_made_by_one_command_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment_scales, "EMBEDDED", TINY)
+    (tmp_path / "cpu-embedded").mkdir()
+    with ThreadPoolExecutor(1) as pool:
+        with open(tmp_path / "cpu-embedded/.lock", "w") as lock:  # as the first has it
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            second = pool.submit(open_workplace, "cpu", None, tmp_path, RECIPES)
+            time.sleep(0.3)
+            assert [path.name for path in (tmp_path / "cpu-embedded").iterdir()] == [".lock"]
+        assert Path(second.result(30).texts.train).is_file()
+
+
+def test_edited_copies_are_named_by_what_decides_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment_scales, "EMBEDDED", TINY)
+    exact = open_workplace("cpu", None, tmp_path, RECIPES).stream(STANDARD)
+    paths = [
+        make_edited(exact, share, copies, tmp_path) for share, copies in ((0.05, 3), (0.05, 3), (0.1, 3), (0.05, 2))
+    ]
+    assert paths[0] == paths[1]
+    assert len(set(paths)) == 3
+    assert [len(set(path.read_text().splitlines())) for path in paths] == [9, 9, 9, 6]  # 3 documents
+    assert paths[0].read_text() != paths[2].read_text()
+
+
 def test_wait_for_another_command_can_be_stopped(tmp_path):
     stop = threading.Event()
-    with open(tmp_path / ".seed1.lock", "w") as lock, Progress(disable=True) as progress:
+    with (
+        open(tmp_path / ".seed1.lock", "w") as lock,
+        Progress(disable=True) as progress,
+        ThreadPoolExecutor(1) as pool,
+    ):
         fcntl.flock(lock, fcntl.LOCK_EX)
+        task = progress.add_task("run", total=3, loss="waiting")
+        waiting = pool.submit(train_run, ["false"], tmp_path / "seed1", 1, progress, task, stop)
+        while progress.tasks[0].fields["loss"] != "another command trains it":
+            assert not waiting.done()
+            time.sleep(0.01)
         stop.set()
-        train_run(["false"], tmp_path / "seed1", 1, progress, progress.add_task("run", total=3), stop)
+        waiting.result(30)
     assert not (tmp_path / "seed1").exists()
 
 
@@ -252,7 +297,7 @@ def test_papers_scale_takes_its_first_steps(tiny, corpus_dir, tokenizer_dir, tmp
         settings=(*GPU.settings, *NARROW, *QUICK, ("data.num_workers", "0"), ("precision", "32-true")),
     )
     texts = Texts(*(str(corpus_dir / f"{name}.jsonl") for name in ("train", "validation", "train", "validation")),
-                  str(corpus_dir / "train.jsonl"), str(tmp_path / "edited.jsonl"), tokenizer_dir)  # fmt: skip
+                  str(corpus_dir / "train.jsonl"), tokenizer_dir)  # fmt: skip
     workplace = Workplace(scale, texts, tmp_path, RECIPES, "")
     one = replace(EXPERIMENTS["fig2c"], arms=(MEMSINKS,), checks=(), asked="memsinks")
     assert run_experiment(one, workplace, 1, 1, "cpu") == []
@@ -290,7 +335,7 @@ def test_large_run_takes_its_first_steps(tiny, corpus_dir, tokenizer_dir, tmp_pa
     (tmp_path / "checkpoints/HuggingFaceTB").mkdir(parents=True)
     (tmp_path / "checkpoints/HuggingFaceTB/SmolLM-360M").symlink_to(tokenizer_dir)
     monkeypatch.chdir(tmp_path)
-    workplace = Workplace(GPU, Texts("", "", "", "", "", "", tmp_path), tmp_path / "gpu", tmp_path / "recipes", "")
+    workplace = Workplace(GPU, Texts("", "", "", "", "", tmp_path), tmp_path / "gpu", tmp_path / "recipes", "")
     (arm,) = (arm for arm in EXPERIMENTS["fig6a"].arms if arm.name == "memsinks")
     one = replace(EXPERIMENTS["fig6a"], arms=(arm,), checks=(), asked="memsinks", asked_of=())
     assert run_experiment(one, workplace, 1, 1, "cpu") == []
@@ -306,7 +351,7 @@ def test_large_run_takes_its_first_steps(tiny, corpus_dir, tokenizer_dir, tmp_pa
 
 
 def test_large_runs_are_the_papers_recipes_as_they_are(tmp_path):
-    workplace = Workplace(GPU, Texts("", "", "", "", "", "", tmp_path), tmp_path, RECIPES, "")
+    workplace = Workplace(GPU, Texts("", "", "", "", "", tmp_path), tmp_path, RECIPES, "")
     for one in (EXPERIMENTS["fig6a"], EXPERIMENTS["fig6b"]):
         for arm in one.arms:
             assert workplace.recipe(arm) == RECIPES / f"{arm.paper_recipe}.yaml"
@@ -340,7 +385,7 @@ def test_grid_trains_what_it_names_and_selects(tiny, tmp_path, capsys):
 
 
 def test_every_stream_is_what_it_is_called(tmp_path, monkeypatch):
-    sizes = replace(TINY, once=20, repeats=2, rare=2, rare_repeats=3, documents=40, canary_tokens=32)
+    sizes = replace(TINY, once=20, repeats=3, rare=2, rare_repeats=3, documents=40, canary_tokens=32)
     monkeypatch.setattr(experiment_scales, "EMBEDDED", sizes)
     workplace = open_workplace("cpu", None, tmp_path, RECIPES)
     streams = {arm.stream.name: arm for one in EXPERIMENTS.values() for arm in one.arms}
@@ -349,7 +394,7 @@ def test_every_stream_is_what_it_is_called(tmp_path, monkeypatch):
     of = {name: Counter(found.values()) for name, found in times.items()}
     noises = ["id_noise_0.05", "id_noise_0.1", "id_noise_0.25", "id_noise_0.5", "id_noise_1"]
     for name in ("stream", "canary", *noises):
-        assert of[name] == {2: 3, 1: 20}
+        assert of[name] == {3: 3, 1: 20}
     assert of["left_out"] == {1: 20}
     assert times["left_out"].keys() < times["stream"].keys()
     assert of["single"] == {2: 1, 1: 39}
@@ -359,13 +404,13 @@ def test_every_stream_is_what_it_is_called(tmp_path, monkeypatch):
 
     stories = {tokens[:-1] for tokens in repeated("stream")}  # without the end of the text
     assert {tokens[:-33] for tokens in repeated("canary")} == stories
-    for name, ids in (("edited", 6), ("edited_clusters", 3)):  # three documents, and an edited copy of each
+    for name, ids in (("edited", 9), ("edited_clusters", 3)):  # three documents, and two edited copies of each
         there = [document for document in written[name] if document.tokens not in times["left_out"]]
-        assert of[name] == {1: 20 + 3 + 3}
+        assert of[name] == {1: 20 + 3 + 3 * 2}
         assert repeated("stream") <= times[name].keys()
         assert len({document.sequence_id for document in there}) == ids
     ids = {document.sequence_id for document in written["id_noise_1"] if document.tokens in repeated("stream")}
-    assert len(ids) == 6
+    assert len(ids) == 9
     assert {of[name][repeats] for name, repeats in (("rare_base", 3), ("rare_twice", 6))} == {2}
     assert repeated("rare_base") == repeated("rare_twice") < times["rare_once"].keys()
     lengths = [sum(len(document.tokens) for document in written[name]) for name in streams if name.startswith("rare")]

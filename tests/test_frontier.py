@@ -95,25 +95,32 @@ def test_rows_of_earlier_commands_are_kept(tmp_path):
         assert path.read_text() == other
 
 
-def test_run_of_other_settings_is_not_taken_for_this_one(tmp_path):
+def test_run_of_other_settings_is_not_taken_for_this_one(tmp_path, prepared):
     recipe = REPOSITORY / "recipes/demo/memsinks.yaml"
     folder = tmp_path / "a-seed1"
     (folder / "final").mkdir(parents=True)
     (folder / "final/model_config.yaml").touch()
-    setting = Setting("a", {"shared_fraction": 0.3})
-    note = {"name": "a", "sinks": {"shared_fraction": 0.3}, "id_noise": 0.0, "left_out": False}
+    setting, stream = Setting("a", {"shared_fraction": 0.3}), prepared
+    note = {"name": "a", "sinks": {"shared_fraction": 0.3}, "id_noise": 0.0, "left_out": False, "block_size": 128}
     note["recipe_sha256"] = hashlib.sha256(recipe.read_bytes()).hexdigest()
+    note["stream"] = json.loads((stream / MANIFEST).read_text())["splits"]["train"]["digest"]
     (folder / "setting.json").write_text(json.dumps(note))
-    train(setting, tmp_path, tmp_path, recipe, 1, 128)
+    train(setting, stream, tmp_path, recipe, 1, 128)
     for changed, named in (
         (replace(setting, sinks={"shared_fraction": 0.5}), "sinks"),
         (replace(setting, sinks={}, id_noise=0.1), "sinks and id_noise"),
     ):
-        with pytest.raises(MemSinksError, match=f"was trained with another {named} than 'a' has now"):
-            train(changed, tmp_path, tmp_path, recipe, 1, 128)
-    (folder / "setting.json").unlink()
-    with pytest.raises(MemSinksError, match="Give the setting another name, or remove the folder"):
-        train(setting, tmp_path, tmp_path, recipe, 1, 128)
+        with pytest.raises(MemSinksError, match=f"was trained with another {named}. Give the setting another name"):
+            train(changed, stream, tmp_path, recipe, 1, 128)
+    with pytest.raises(MemSinksError, match="was trained with another block_size"):
+        train(setting, stream, tmp_path, recipe, 1, 64)
+    (folder / "setting.json").write_text(json.dumps(note | {"stream": "another"}))
+    with pytest.raises(MemSinksError, match="was trained with another stream"):
+        train(setting, stream, tmp_path, recipe, 1, 128)
+    for wrong in ("{", None):
+        (folder / "setting.json").write_text(wrong) if wrong else (folder / "setting.json").unlink()
+        with pytest.raises(MemSinksError, match=r"has no setting\.json that says what it was trained with"):
+            train(setting, stream, tmp_path, recipe, 1, 128)
 
 
 @pytest.mark.parametrize("corpus", ["embedded", "tinystories"])

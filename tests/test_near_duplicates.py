@@ -537,7 +537,9 @@ def test_edits_are_as_many_as_named() -> None:
     kept = set(pairwise(text.split())) & set(pairwise(copy.split()))
     # neither word of a pair is replaced or deleted, and there is no new one behind the first
     assert len(kept) / 9999 == pytest.approx(0.9 * (1 - 0.1 * 2 / 3), abs=0.01)
-    assert near_duplicate_table.edited(text, 0, Random(0)) == text
+    for unedited in (text, "Once upon a time.\n\n  The  end.\n"):  # with what lies between its words
+        assert near_duplicate_table.edited(unedited, 0, Random(0)) == unedited
+    assert near_duplicate_table.edited("a\n\nb\n\nc\n\nd", 0.25, Random(0)).count("\n\n") in (2, 3)  # or one deleted
 
 
 def test_table_from_the_command_line(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ Not a stage: it calls the stages' commands, and the stock `litgpt` console scrip
 import difflib
 import json
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -28,12 +29,13 @@ from litgpt_memsinks.experiments.found import measure_seed, write_evaluations
 from litgpt_memsinks.experiments.grids import DECLARED, GRIDS
 from litgpt_memsinks.experiments.report import write_page
 from litgpt_memsinks.experiments.results import EXPERIMENT, content, spread, theorem_content
-from litgpt_memsinks.experiments.runs import Planned, Workplace, train
-from litgpt_memsinks.experiments.scales import ScaleName, make_texts, scale_of, tokens_of
-from litgpt_memsinks.files import write_json
+from litgpt_memsinks.experiments.runs import STREAMS, Planned, Workplace, train
+from litgpt_memsinks.experiments.scales import TEXTS, ScaleName, make_texts, scale_of, tokens_of
+from litgpt_memsinks.files import alone, write_json
 from litgpt_memsinks.theory.theory import PARTS as THEOREMS
 from litgpt_memsinks.theory.theory import print_verdicts, save_figure
 
+LOCK = ".lock"
 MEASURING_MINUTES = 0.15
 """Of losses, for each run: what `list` counts with."""
 
@@ -133,20 +135,22 @@ def open_workplace(scale: ScaleName, corpus: Path | None, out_dir: Path, recipes
         name: value for name, value in asdict(sizes).items() if isinstance(value, int | str) and name != "paper"
     }
     note = folder / "workplace.json"
-    if note.is_file() and (found := json.loads(note.read_text(encoding="utf-8"))) != settings:
-        different = ", ".join(name for name in settings if found.get(name) != settings[name])
-        raise MemSinksError(
-            f"{str(folder)!r} holds experiments on other texts: their {different} differ. Remove it, or set --out_dir."
-        )
-    is_new = not note.is_file()
-    write_json(note, settings)
-    try:
-        texts = make_texts(sizes, corpus, folder)
-    except MemSinksError:
-        if is_new:  # nothing was made of this corpus, which may be mended under the same name
-            note.unlink()
-        raise
-    return Workplace(sizes, texts, folder, recipes, sha256)
+    with alone(folder / LOCK, _wait):
+        holds = any((folder / made).is_dir() for made in (TEXTS, STREAMS))  # else a mended corpus may take the name
+        if holds and note.is_file() and (found := json.loads(note.read_text(encoding="utf-8"))) != settings:
+            different = ", ".join(name for name in settings if found.get(name) != settings[name])
+            raise MemSinksError(
+                f"{str(folder)!r} holds experiments on other texts: their {different} differ. Remove it, or set "
+                "--out_dir."
+            )
+        write_json(note, settings)
+        return Workplace(sizes, make_texts(sizes, corpus, folder), folder, recipes, sha256)
+
+
+def _wait() -> bool:
+    """For another command that makes texts or streams in the same workplace."""
+    time.sleep(1)
+    return True
 
 
 # -------------------------------------------------------------------------------------------------------------- running
@@ -168,14 +172,13 @@ def run_experiment(one: Experiment, workplace: Workplace, seeds: int, jobs: int,
     print(f"{one.name}, {one.where}: {len(one.arms)} arms x {seeds} seed(s)", flush=True)
     problems: list[str] = []
     planned: list[Planned] = []
-    for seed in range(1, seeds + 1):
-        for arm in one.arms:
-            try:
-                workplace.recipe(arm)
+    for arm in one.arms:
+        try:
+            with alone(workplace.folder / LOCK, _wait):
                 workplace.stream(arm)
-                planned.append(workplace.planned(arm, seed))
-            except MemSinksError as error:
-                problems.append(f"{arm.name} seed {seed}: {str(error).rstrip('.')}")
+            planned += [workplace.planned(arm, seed) for seed in range(1, seeds + 1)]
+        except MemSinksError as error:
+            problems.append(f"{arm.name}: {str(error).rstrip('.')}")
     failures = train(planned, jobs)
     problems += [f"{run.arm.name} seed {run.seed}: {failures[run.run.out_dir]}" for run in planned
                  if run.run.out_dir in failures]  # fmt: skip

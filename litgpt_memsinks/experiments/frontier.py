@@ -8,7 +8,6 @@ the demo's own ``standard`` and ``left_out`` runs of the same seed. The tables o
 
 import json
 import os
-import subprocess
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -35,7 +34,7 @@ from litgpt_memsinks.experiments.demo import (
     pretrain_command,
     run_dir,
 )
-from litgpt_memsinks.experiments.training_runs import is_trained
+from litgpt_memsinks.experiments.training_runs import TrainingRun, is_trained, one_pass, train_runs
 from litgpt_memsinks.files import write_json
 from litgpt_memsinks.prepare.manifest import MANIFEST, Manifest
 from litgpt_memsinks.prepare.prepare import prepare
@@ -110,6 +109,7 @@ def frontier(
     """
     chosen = read_settings(settings, only)
     _check(demo, recipes, seeds)
+    read_rows(out_dir / FOUND)  # refused before anything is trained
     block_size = EMBEDDED_BLOCK if _corpus(demo) is None else OWN_BLOCK
     asked = ask_prepared(demo / "data" / "stream", None)
     rows: list[Found] = []
@@ -153,7 +153,7 @@ def _check(demo: Path, recipes: Path, seeds: int) -> None:
         raise MemSinksError(f"seeds is {seeds}, but it must be at least 1.")
     for seed in range(1, seeds + 1):
         for arm in REFERENCES:
-            if not (run_dir(demo, arm, seed) / "final" / "model_config.yaml").is_file():
+            if not is_trained(run_dir(demo, arm, seed)):
                 raise MemSinksError(
                     f"{str(demo)!r} has no finished run {arm} of seed {seed}. Run litgpt-memsinks demo "
                     f"--seeds {seeds} first (make demo SEEDS={seeds})."
@@ -194,29 +194,35 @@ def train(setting: Setting, stream: Path, out_dir: Path, recipe: Path, seed: int
         MemSinksError: If it fails; the message has the end of its log. Or if what is done had other settings.
     """
     folder = run_dir(out_dir, setting.name, seed)
-    note = asdict(setting) | {"recipe_sha256": file_sha256(recipe)}
+    settings = asdict(setting) | {
+        "recipe_sha256": file_sha256(recipe),
+        "stream": Manifest.read(stream).splits["train"].digest,
+        "block_size": block_size,
+    }
     if is_trained(folder):
-        before = json.loads((folder / SETTING).read_text(encoding="utf-8")) if (folder / SETTING).is_file() else {}
-        if different := [name for name, value in note.items() if before.get(name) != value]:
-            raise MemSinksError(
-                f"{str(folder)!r} was trained with another {' and '.join(different)} than {setting.name!r} has now. "
-                "Give the setting another name, or remove the folder."
-            )
+        _refuse_others(folder, settings)
         return
-    write_json(folder / SETTING, note)
-    tokens = Manifest.read(stream).splits["train"].tokens
-    steps = tokens // (MICRO_BATCH * (block_size + 1))
-    command = pretrain_command(recipe, stream, folder, seed, block_size, steps * MICRO_BATCH * block_size)
+    iterations = one_pass(stream, block_size)
+    command = pretrain_command(recipe, stream, folder, seed, block_size, iterations * MICRO_BATCH * block_size)
     for name, value in setting.sinks.items():
         command += [f"--data.sinks.{name}", value if isinstance(value, str) else json.dumps(value)]
-    log = folder / "train.log"
-    with open(log, "w", encoding="utf-8") as output:
-        output.write(" ".join(command) + "\n")
-        output.flush()
-        done = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | {"COLUMNS": "200"})
-    if done.returncode:
-        end = "\n".join(log.read_text(encoding="utf-8").splitlines()[-10:])
-        raise MemSinksError(f"Training {setting.name!r} failed with status {done.returncode}; {log} ends:\n{end}")
+    train_runs([TrainingRun(f"{setting.name} seed {seed}", tuple(command), folder, iterations)], 1, os.cpu_count() or 1)
+    write_json(folder / SETTING, settings)
+
+
+def _refuse_others(folder: Path, settings: dict[str, Any]) -> None:
+    """Refuse a finished run of other settings than these, under the same name."""
+    try:
+        before = json.loads((folder / SETTING).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise MemSinksError(
+            f"{str(folder)!r} has no {SETTING} that says what it was trained with. Remove it, or set --out_dir."
+        ) from error
+    if different := [name for name, value in settings.items() if before.get(name) != value]:
+        raise MemSinksError(
+            f"{str(folder)!r} was trained with another {' and '.join(different)}. Give the setting another name, "
+            "remove the folder, or set --out_dir."
+        )
 
 
 def look(setting: Setting, demo: Path, out_dir: Path, seed: int, asked: Asked, block_size: int) -> Found:
@@ -242,17 +248,25 @@ def look(setting: Setting, demo: Path, out_dir: Path, seed: int, asked: Asked, b
     )
 
 
+def read_rows(path: Path) -> list[Found]:
+    """The rows of earlier commands; none without the file.
+
+    Raises:
+        MemSinksError: If the file is something else.
+    """
+    try:
+        return [Found(**one) for one in json.loads(path.read_text(encoding="utf-8"))] if path.is_file() else []
+    except (ValueError, TypeError) as error:
+        raise MemSinksError(f"{str(path)!r} is no list of rows ({error}). Move it away, or set --out_dir.") from error
+
+
 def add(path: Path, row: Found) -> None:
     """Write a row to the file, instead of one of the same name and seed, if it has one.
 
     Raises:
         MemSinksError: If the file is something else.
     """
-    try:
-        rows = [Found(**one) for one in json.loads(path.read_text(encoding="utf-8"))] if path.is_file() else []
-    except (ValueError, TypeError) as error:
-        raise MemSinksError(f"{str(path)!r} is no list of rows ({error}). Move it away, or set --out_dir.") from error
-    rows = [one for one in rows if (one.name, one.seed) != (row.name, row.seed)]
+    rows = [one for one in read_rows(path) if (one.name, one.seed) != (row.name, row.seed)]
     write_json(path, [asdict(one) for one in (*rows, row)])
 
 

@@ -39,7 +39,8 @@ class Readings:
 
     of: dict[str, str]
     """Title of a section of the page, "fig4, cpu-embedded", to what we think of it"""
-    did_not_work: tuple[Failure, ...] = ()
+    did_not_work: tuple[Failure, ...]
+    """What else was tried"""
 
 
 def read_readings(path: Path) -> Readings:
@@ -56,6 +57,8 @@ def read_readings(path: Path) -> Readings:
             f"{str(path)!r} holds no readings ({' '.join(str(error).split())}). It is YAML with readings, a text for "
             "each section, and did_not_work, a list of date, tried and came_out."
         ) from error
+    if not isinstance(readings.of, dict):
+        raise MemSinksError(f"{str(path)!r}: readings must have a text for each section, not {readings.of!r}.")
     wrong = [f"readings, {name}" for name, text in readings.of.items() if not isinstance(text, str)]
     wrong += [
         f"did_not_work, {row.tried}"
@@ -80,6 +83,8 @@ def filled(readings: Readings, results: Sequence[dict[str, Any]]) -> Readings:
             "remove the reading."
         )
     texts = {name: PLACE.sub(partial(_number, by_title[name]), text) for name, text in readings.of.items()}
+    if left := [name for name, text in texts.items() if "{" in text or "}" in text]:
+        raise MemSinksError(f"The reading of {left[0]!r} has a brace that is no {{MEASURE ARM}}. Write it as that.")
     return replace(readings, of=texts)
 
 

@@ -96,7 +96,7 @@ def read_result(path: Path) -> dict[str, Any]:
             f"{str(path)!r} has format {content['format']} and is of {content['name']!r}; this package reads format "
             f"{FORMAT} of its own experiments. Run the experiment again."
         )
-    return content | {"place": path.parent.parent.name}
+    return content | {"place": path.resolve().parent.parent.name}
 
 
 def page(results: Sequence[dict[str, Any]], folder: Path | None = None, said: Readings | None = None) -> str:

@@ -1,6 +1,7 @@
 """What does an experiment come to, as `experiment.json`: every number, what it rests on, and the verdict.
 
-Strict JSON, ``format`` 1. Losses in nats per token. What could not be measured is null.
+Strict JSON, ``format`` 2: intervals over seeds are by Student's t, in format 1 they were a bootstrap's. Losses in nats
+per token. What could not be measured is null.
 """
 
 import math
@@ -24,7 +25,7 @@ from litgpt_memsinks.experiments.verdict import Outcome, check_row, interval_ove
 from litgpt_memsinks.theory.verdict import Verdict as TheoremVerdict
 
 EXPERIMENT = "experiment.json"
-FORMAT = 1
+FORMAT = 2
 _PACKAGES = ("litgpt-memsinks", "litgpt", "litdata", "lightning", "torch")
 
 

@@ -33,6 +33,7 @@ from litgpt_memsinks.files import write_json, write_text
 from litgpt_memsinks.prepare.manifest import MANIFEST, Manifest
 
 SETTINGS = "run.json"
+STREAMS = "data"
 OPTIMIZER = "optimizer.init_args."
 
 
@@ -57,12 +58,9 @@ class Workplace:
         Raises:
             MemSinksError: For bad input, or if the folder there was made with other settings.
         """
-        if arm.stream.edited:
-            exact = self.stream(replace(arm, stream=STREAM))
-            make_edited(exact, arm.stream.edited, self.scale.repeats - 1, Path(self.texts.edited))
-        settings = stream_settings(arm.stream, self.scale, self.texts, self.recipes)
+        settings = self._stream_settings(arm)
         wanted = self._placeless(settings)
-        folder = self.folder / "data" / stream_folder(arm.stream, self.scale)
+        folder = self.folder / STREAMS / stream_folder(arm.stream, self.scale)
         note = folder.with_name(f"{folder.name}.json")
         there = note.is_file() and (folder / MANIFEST).is_file()
         if there and json.loads(note.read_text(encoding="utf-8")) != wanted:
@@ -72,6 +70,13 @@ class Workplace:
         write_json(note, wanted)
         prepare_stream(settings, self.texts, folder)
         return folder
+
+    def _stream_settings(self, arm: Arm) -> dict[str, Any]:
+        copies = ""
+        if arm.stream.edited:
+            exact = self.stream(replace(arm, stream=STREAM))
+            copies = str(make_edited(exact, arm.stream.edited, self.scale.repeats - 1, self.folder / "edited"))
+        return stream_settings(arm.stream, self.scale, self.texts, self.recipes, copies)
 
     def _placeless(self, settings: dict[str, Any]) -> dict[str, Any]:
         """The same whatever the workplace is called: what the texts are matters, not where."""
@@ -126,7 +131,7 @@ class Workplace:
         Raises:
             MemSinksError: If its recipe is missing, or its stream cannot be read.
         """
-        recipe, stream = self.recipe(arm), self.folder / "data" / stream_folder(arm.stream, self.scale)
+        recipe, stream = self.recipe(arm), self.folder / STREAMS / stream_folder(arm.stream, self.scale)
         content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
         changes = self.changes(arm, content)
         block = content["train"]["max_seq_length"] if self.is_whole(arm) else self.scale.block_size
@@ -136,7 +141,7 @@ class Workplace:
             "changes": [part for name, value in changes for part in (f"--{name}", value)],
             "stream": stream.name,
             "stream_tokens": Manifest.read(stream).splits["train"].tokens,
-            "stream_settings": self._placeless(stream_settings(arm.stream, self.scale, self.texts, self.recipes)),
+            "stream_settings": self._placeless(self._stream_settings(arm)),
             "corpus_sha256": self.corpus_sha256,
             "block_size": block,
             "package": version("litgpt-memsinks"),

@@ -16,7 +16,7 @@ from litgpt_memsinks.corpus.corpus_files import read_texts
 from litgpt_memsinks.corpus.embedded import stories, write_corpus
 from litgpt_memsinks.corpus.mixture import Source, ValidationSet
 from litgpt_memsinks.errors import MemSinksError
-from litgpt_memsinks.evaluate.subject import ask_prepared
+from litgpt_memsinks.evaluate.subject import ask_prepared, key_of
 from litgpt_memsinks.experiments.declared import Arm, Setting, Stream
 from litgpt_memsinks.experiments.demo import (
     EMBEDDED_BLOCK,
@@ -32,7 +32,7 @@ from litgpt_memsinks.prepare.manifest import MANIFEST
 from litgpt_memsinks.prepare.prepare import prepare
 
 ScaleName = Literal["cpu", "gpu"]
-EDITED_COPIES = "edited.jsonl"
+TEXTS = "corpus"
 
 
 @dataclass(frozen=True)
@@ -193,8 +193,6 @@ class Texts:
     """Texts like that"""
     bulk: str
     """The kind that there is much of"""
-    edited: str
-    """Edited copies of the repeated documents, once they are made"""
     tokenizer_dir: Path
     """Of all of them"""
 
@@ -212,9 +210,8 @@ def make_texts(scale: Scale, corpus: Path | None, folder: Path) -> Texts:
     """
     if scale.texts:
         train, validation = (scale.texts, scale.validation) if corpus is None else (str(corpus), scale.validation)
-        edited = str(folder / EDITED_COPIES)
-        return Texts(train, validation, train, validation, train, edited, Path(scale.tokenizer_dir))
-    texts, others = folder / "corpus", folder / "others"
+        return Texts(train, validation, train, validation, train, Path(scale.tokenizer_dir))
+    texts, others = folder / TEXTS, folder / "others"
     if not texts.is_dir():
         if corpus is None:
             write_corpus(texts, scale.documents, 256)
@@ -233,7 +230,6 @@ def make_texts(scale: Scale, corpus: Path | None, folder: Path) -> Texts:
         rare=str(rare / "train.jsonl"),
         rare_validation=str(rare / "validation.jsonl"),
         bulk=str(others / "bulk.jsonl"),
-        edited=str(folder / EDITED_COPIES),
         tokenizer_dir=own_tokenizer(texts / "train.jsonl", folder),
     )
 
@@ -254,20 +250,24 @@ def backwards(text: str) -> str:
     return " ".join(reversed(text.split()))
 
 
-def make_edited(prepared: Path, share: float, copies: int, path: Path) -> None:
+def make_edited(prepared: Path, share: float, copies: int, folder: Path) -> Path:
     """Write edited copies of the repeated documents of a prepared stream, unless they are there.
 
     Args:
         prepared: The stream's folder.
         share: Of the words of a document that are edited in each copy.
         copies: Of each document.
-        path: JSON lines to write.
+        folder: Where to.
+
+    Returns:
+        JSON lines, named by what decides them.
     """
-    if path.is_file():
-        return
     asked, rng = ask_prepared(prepared, None), Random(0)
-    texts = [edited(asked.text(tokens), share, rng) for tokens in asked.repeated.tokens for _ in range(copies)]
-    write_text(path, "".join(f"{json.dumps({'text': text}, ensure_ascii=False)}\n" for text in texts))
+    path = folder / f"edited-{key_of(asked=asked.fingerprint(), share=share, copies=copies)[:8]}.jsonl"
+    if not path.is_file():
+        texts = [edited(asked.text(tokens), share, rng) for tokens in asked.repeated.tokens for _ in range(copies)]
+        write_text(path, "".join(f"{json.dumps({'text': text}, ensure_ascii=False)}\n" for text in texts))
+    return path
 
 
 def _write(path: Path, texts: Iterable[str]) -> None:
@@ -278,8 +278,15 @@ def _write(path: Path, texts: Iterable[str]) -> None:
 # -------------------------------------------------------------------------------------------------------------- streams
 
 
-def stream_settings(stream: Stream, scale: Scale, texts: Texts, recipes: Path) -> dict[str, Any]:
+def stream_settings(stream: Stream, scale: Scale, texts: Texts, recipes: Path, copies: str = "") -> dict[str, Any]:
     """What `prepare` is asked for, as plain values: they decide the stream.
+
+    Args:
+        stream: Which.
+        scale: Its sizes.
+        texts: The texts.
+        recipes: Folder ``recipes`` of the repository.
+        copies: File of ``make_edited``, for a stream with edited copies.
 
     Raises:
         MemSinksError: If a data recipe is missing.
@@ -310,7 +317,7 @@ def stream_settings(stream: Stream, scale: Scale, texts: Texts, recipes: Path) -
         repeated["canary_tokens"] = scale.canary_tokens
     sources = {"repeated": repeated, "once": once}
     if stream.edited:
-        sources = {"repeated": repeated | {"repeats": 1}, "edited": {"path": texts.edited}, "once": once}
+        sources = {"repeated": repeated | {"repeats": 1}, "edited": {"path": copies}, "once": once}
     found: dict[str, Any] = {
         "sources": {name: source | {"ids": stream.ids or scale.ids} for name, source in sources.items()},
         "validation": {"validation": {"path": texts.validation}},

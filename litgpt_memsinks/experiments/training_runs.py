@@ -1,6 +1,5 @@
 """Several training runs with the stock `litgpt pretrain`, some at a time, each with a bar; a finished one is kept."""
 
-import fcntl
 import os
 import re
 import shutil
@@ -8,9 +7,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +23,7 @@ from rich.progress import (
 )
 
 from litgpt_memsinks.errors import MemSinksError
-from litgpt_memsinks.files import write_json
+from litgpt_memsinks.files import alone, write_json
 from litgpt_memsinks.prepare.manifest import Manifest
 
 MICRO_BATCH = 8  # of the recipes in recipes/demo
@@ -160,28 +158,16 @@ def train_run(
         TrainingFailedError: If it ends with another status than 0.
     """
     progress.start_task(task)
-    with _alone(out_dir, lambda: progress.update(task, loss="another command trains it"), stop):
+
+    def wait() -> bool:
+        progress.update(task, loss="another command trains it")
+        return not stop.wait(1)
+
+    with alone(out_dir.with_name(f".{out_dir.name}.lock"), wait):
         if is_trained(out_dir):
             progress.update(task, completed=progress.tasks[task].total, loss="done before")
         elif not stop.is_set():
             _train(command, out_dir, threads, progress, task, stop)
-
-
-@contextmanager
-def _alone(out_dir: Path, wait: Callable[[], None], stop: threading.Event) -> Iterator[None]:
-    """Hold a lock on a run that a killed process loses; or let it go if ``stop`` is set before it is free."""
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    with open(out_dir.with_name(f".{out_dir.name}.lock"), "w") as lock:
-        while not stop.is_set():
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                wait()
-                stop.wait(1)
-            except OSError:  # a file system without locks: two commands must not share a folder there
-                break
-        yield
 
 
 def _train(
