@@ -289,6 +289,7 @@ def test_wait_for_another_command_can_be_stopped(tmp_path):
     assert not (tmp_path / "seed1").exists()
 
 
+@pytest.mark.long  # the scale's large runs are tested below
 def test_papers_scale_takes_its_first_steps(tiny, corpus_dir, tokenizer_dir, tmp_path):
     """The same code and the same flags; only sizes, and what needs a GPU to be fast, are smaller."""
     scale = replace(
@@ -316,7 +317,6 @@ def test_papers_scale_takes_its_first_steps(tiny, corpus_dir, tokenizer_dir, tmp
     assert reading.own > 0
 
 
-@pytest.mark.long  # the scale's other branch is tested above
 def test_large_run_takes_its_first_steps(tiny, corpus_dir, tokenizer_dir, tmp_path, monkeypatch):
     """Figure 6a from its recipes for training and data, with other sizes and texts in them."""
     recipe = yaml.safe_load((RECIPES / "smollm360_memsinks.yaml").read_text())

@@ -126,6 +126,7 @@ def test_sinks_for_repeated_trains_another_model_on_the_same_stream(sink_run, pr
     assert logged(tmp_path / "out") != logged(sink_run[0])
 
 
+@pytest.mark.long  # test_sink_steps.py has it exactly, and test_distributed.py in a real run
 def test_sinks_with_a_learning_rate_of_their_own(prepared, tmp_path):
     """Of a millionth: sinks hardly move while the shared neurons learn."""
     own = {"data__sinks__learning_rate": 1e-6, "data__sinks__weight_decay": 0.0}
@@ -168,6 +169,7 @@ def test_compiled_training_works(prepared, tmp_path):
     assert len(logged(tmp_path / "out")) == 3
 
 
+@pytest.mark.long
 def test_without_a_compiler_training_falls_back_to_eager(prepared, tmp_path):
     # an empty PATH has no g++, and CXX names none
     hidden = {"PATH": str(tmp_path), "CXX": "", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}

@@ -216,6 +216,7 @@ def test_rows_over_tls_are_those_on_disk(here, chunked, tls_server, monkeypatch)
     assert torch.equal(rows(path, "train", num_workers=1), rows(chunked, "train", num_workers=1))
 
 
+@pytest.mark.long
 def test_workers_that_are_not_forked_stream_too(here, bucket, chunked, tmp_path):
     script = tmp_path / "spawned.py"
     script.write_text(

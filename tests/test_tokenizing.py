@@ -486,7 +486,10 @@ os.register_at_fork(before=lambda: forks.append(1), after_in_child=lambda: time.
 """  # the second worker has not begun when the first one is busy
 
 
-@pytest.mark.parametrize("slow", [SLOW_READING, SLOW_WRITING, SLOW_START], ids=["reading", "writing", "starting"])
+OTHER_TIMES = [pytest.param(SLOW_WRITING, marks=pytest.mark.long), pytest.param(SLOW_START, marks=pytest.mark.long)]
+
+
+@pytest.mark.parametrize("slow", [SLOW_READING, *OTHER_TIMES], ids=["reading", "writing", "starting"])
 def test_interrupt_is_one_word(tmp_path: Path, corpus_dir: Path, tokenizer_dir: Path, slow: str) -> None:
     corpus = write_files(tmp_path / "c", {name: read_jsonl(corpus_dir / "train.jsonl") for name in "abc"})
     imports = "import time\nfrom litgpt_memsinks import __main__\nfrom litgpt_memsinks.prepare import tokenizing"
