@@ -1,7 +1,7 @@
 # Each target sets up what it needs. Only a package registry is used.
 #
 #   make demo                     the main job on the embedded corpus   (SEEDS=3, CORPUS=path.jsonl, OUT=folder)
-#   make test                     the tests, in two processes   (JOBS=8)
+#   make test                     the tests, in three processes   (JOBS=8)
 #   make long                     tests that take minutes: kill -9 of runs and of one of two ranks, compiled FSDP, HSDP
 #   make check                    ruff, formatting, mypy
 #   make fullsize                 two steps of SmolLM-360M on the CPU against the plan: 12 GB of memory, a few minutes
@@ -12,7 +12,7 @@ PYTHON ?= python3
 VENV ?= .venv
 SEEDS ?= 1
 CORPUS ?=
-JOBS ?= 2
+JOBS ?= 3
 OUT ?= runs/demo$(if $(CORPUS),-$(basename $(notdir $(CORPUS))))
 
 .PHONY: setup demo test long check bench fullsize releasesize clean
