@@ -19,6 +19,7 @@ import yaml
 from rich.progress import Progress
 
 from litgpt_memsinks.errors import MemSinksError
+from litgpt_memsinks.experiments import experiment
 from litgpt_memsinks.experiments import found as experiment_found
 from litgpt_memsinks.experiments import scales as experiment_scales
 from litgpt_memsinks.experiments.declared import EXPERIMENTS, LEFT_OUT_ARM, MEMSINKS, STANDARD, Arm, Check, Experiment
@@ -247,8 +248,9 @@ def test_corpus_that_was_being_sampled_when_killed_may_be_mended(tmp_path, monke
     )
 
 
-def test_texts_are_made_by_one_command_at_a_time(tmp_path, monkeypatch):
+def test_texts_are_made_by_one_command_at_a_time(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(experiment_scales, "EMBEDDED", TINY)
+    monkeypatch.setattr(experiment, "SECONDS_BETWEEN_TRIES", 0.1)
     (tmp_path / "cpu-embedded").mkdir()
     with ThreadPoolExecutor(1) as pool:
         with open(tmp_path / "cpu-embedded/.lock", "w") as lock:  # as the first has it
@@ -257,6 +259,7 @@ def test_texts_are_made_by_one_command_at_a_time(tmp_path, monkeypatch):
             time.sleep(0.3)
             assert [path.name for path in (tmp_path / "cpu-embedded").iterdir()] == [".lock"]
         assert Path(second.result(30).texts.train).is_file()
+    assert "Waiting for another command" in capsys.readouterr().out
 
 
 def test_edited_copies_are_named_by_what_decides_them(tmp_path, monkeypatch):

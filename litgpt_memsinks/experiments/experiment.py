@@ -36,6 +36,7 @@ from litgpt_memsinks.theory.theory import PARTS as THEOREMS
 from litgpt_memsinks.theory.theory import print_verdicts, save_figure
 
 LOCK = ".lock"
+SECONDS_BETWEEN_TRIES = 10.0
 MEASURING_MINUTES = 0.15
 """Of losses, for each run: what `list` counts with."""
 
@@ -149,7 +150,8 @@ def open_workplace(scale: ScaleName, corpus: Path | None, out_dir: Path, recipes
 
 def _wait() -> bool:
     """For another command that makes texts or streams in the same workplace."""
-    time.sleep(1)
+    print("Waiting for another command, which prepares texts or streams in this workplace", flush=True)
+    time.sleep(SECONDS_BETWEEN_TRIES)
     return True
 
 
